@@ -1,0 +1,3 @@
+//! Warren: a node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
+
+pub mod proto;
