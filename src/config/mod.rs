@@ -1,0 +1,578 @@
+//! The proxy's configuration: read once from the environment, every malformed value refused by name.
+//!
+//! Precedence: a variable of the environment, then `PROXY_CONFIG`, then the mesh config file.
+
+mod parse;
+mod proxy_config;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use proxy_config::ProxyConfig;
+
+/// Captured egress.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Captured plaintext ingress.
+pub const PLAINTEXT_PORT: u16 = 15006;
+/// HBONE.
+pub const HBONE_PORT: u16 = 15008;
+/// Ports that a flow may never be carried to: they are Warren's own.
+pub const ILLEGAL_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT];
+
+const ADMIN_PORT: u16 = 15000;
+const STATS_PORT: u16 = 15020;
+const READINESS_PORT: u16 = 15021;
+const DNS_PORT: u16 = 15053;
+const DEFAULT_ROOT: &str = "./var/run/secrets/istio/root-cert.pem";
+const DEFAULT_TOKEN: &str = "./var/run/secrets/tokens/istio-token";
+const MESH_CONFIG: &str = "./etc/istio/config/mesh";
+
+/// Why a process refuses to start.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("invalid env var {name}={value} ({reason})")]
+    Variable {
+        name: String,
+        value: String,
+        reason: String,
+    },
+    #[error("error parsing proxy config: {0}")]
+    ProxyConfig(String),
+    #[error("invalid uri: {0}")]
+    Uri(String),
+    #[error("invalid configuration: {0}")]
+    Invalid(String),
+    #[error("failed to parse header {0}")]
+    Header(String),
+}
+
+/// Where the roots for a control-plane connection come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RootSource {
+    File(PathBuf),
+    System,
+    Inline(String),
+}
+
+/// Where the bearer token comes from; a file is read again for every request.
+#[derive(Clone, PartialEq, Eq)]
+pub enum TokenSource {
+    None,
+    File(PathBuf),
+    Static(String),
+}
+
+impl std::fmt::Debug for TokenSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("None"),
+            Self::File(path) => write!(f, "File({})", path.display()),
+            Self::Static(_) => f.write_str("Static(hidden)"),
+        }
+    }
+}
+
+/// One peer of the control plane: the discovery server or the CA.
+#[derive(Clone, Debug)]
+pub struct ControlPeer {
+    /// `https://host:port`; `None` when switched off.
+    pub address: Option<String>,
+    pub root: RootSource,
+    /// A further DNS name accepted in the server's certificate.
+    pub alt_hostname: Option<String>,
+    pub headers: Vec<(String, String)>,
+}
+
+/// TCP keep-alive of every flow's sockets.
+#[derive(Clone, Copy, Debug)]
+pub struct Keepalive {
+    pub enabled: bool,
+    pub time: Duration,
+    pub interval: Duration,
+    pub retries: u32,
+    pub user_timeout: bool,
+}
+
+/// The address of an HTTP endpoint or the DNS server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// `127.0.0.1` and, where IPv6 works, `::1`.
+    Localhost(u16),
+    At(SocketAddr),
+}
+
+/// The whole configuration of `warren proxy`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub dns: bool,
+    pub dns_address: ListenAddress,
+    pub stream_window: u32,
+    pub connection_window: u32,
+    pub frame_size: u32,
+    pub pool_max_streams: u16,
+    pub pool_unused_release: Duration,
+    pub admin: ListenAddress,
+    pub stats: SocketAddr,
+    pub readiness: SocketAddr,
+    pub network: String,
+    pub node: String,
+    pub cluster_id: String,
+    pub cluster_domain: String,
+    pub pod_name: String,
+    pub pod_namespace: String,
+    pub instance_ip: String,
+    pub trust_domain: String,
+    pub xds: ControlPeer,
+    pub ca: ControlPeer,
+    pub token: TokenSource,
+    pub preferred_service_namespace: Option<String>,
+    pub secret_ttl: Duration,
+    pub local_xds: Option<LocalXds>,
+    pub termination_deadline: Duration,
+    pub metadata: BTreeMap<String, String>,
+    pub metadata_json: BTreeMap<String, serde_json::Value>,
+    pub workers: usize,
+    /// `Some` forces or forbids original source addresses, `None` uses them where the kernel allows.
+    pub original_source: Option<bool>,
+    pub packet_mark: Option<u32>,
+    pub keepalive: Keepalive,
+    pub response_baggage: bool,
+    pub zds_path: PathBuf,
+    pub port_reuse: bool,
+    pub ipv6: bool,
+    pub tls12: bool,
+    pub pqc: bool,
+    pub policy_info_logging: bool,
+    pub arguments: String,
+}
+
+/// Static state for a proxy without a control plane.
+#[derive(Clone, Debug)]
+pub enum LocalXds {
+    File(PathBuf),
+    Inline(String),
+}
+
+impl Config {
+    /// The wildcard address listeners bind to.
+    pub fn wildcard(&self) -> IpAddr {
+        if self.ipv6 {
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+        } else {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+        }
+    }
+
+    /// Reads the configuration of this process.
+    ///
+    /// # Errors
+    /// The first value that is malformed or asks for what this build cannot do.
+    pub fn from_environment(arguments: String) -> Result<Self, ConfigError> {
+        let variables: BTreeMap<String, String> = std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect();
+        let mesh_config = match std::fs::read_to_string(MESH_CONFIG) {
+            Ok(text) => Some(text),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) => {
+                return Err(ConfigError::ProxyConfig(format!(
+                    "failed reading mesh config file {MESH_CONFIG}: {e}"
+                )));
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::from_variables(&Variables(variables), mesh_config.as_deref(), cores, arguments)
+    }
+
+    fn from_variables(
+        env: &Variables,
+        mesh_config: Option<&str>,
+        cores: usize,
+        arguments: String,
+    ) -> Result<Self, ConfigError> {
+        let proxy_config = ProxyConfig::load(mesh_config, env.text("PROXY_CONFIG"))?;
+        let metadata = env.metadata(&proxy_config);
+
+        if env.get("PROXY_MODE", "shared", |v| match v {
+            "shared" | "dedicated" => Ok(v.to_string()),
+            _ => Err("expected shared or dedicated".to_string()),
+        })? == "dedicated"
+        {
+            return Err(ConfigError::Invalid(
+                "PROXY_MODE=dedicated is not supported by this version; run in shared mode".into(),
+            ));
+        }
+        if !env.get("ENABLE_PROXY", "true", parse::boolean)? {
+            return Err(ConfigError::Invalid(
+                "ENABLE_PROXY=false is not supported by this version".into(),
+            ));
+        }
+        for (name, wish) in [
+            ("XDS_ON_DEMAND", "on-demand discovery"),
+            ("FAKE_CA", "the built-in test CA"),
+            ("UNSTABLE_ENABLE_SOCKS5", "the SOCKS5 listener"),
+        ] {
+            if env.get(name, "false", parse::boolean)? {
+                return Err(ConfigError::Invalid(format!(
+                    "{name}=true: {wish} is not supported by this version"
+                )));
+            }
+        }
+        if env.text("CRL_PATH").is_some() {
+            return Err(ConfigError::Invalid(
+                "CRL_PATH is set, but this version cannot check revocation; unset it to start without".into(),
+            ));
+        }
+        let pqc = match env.text("COMPLIANCE_POLICY") {
+            None => false,
+            Some("pqc") => true,
+            Some(other) => {
+                return Err(env.wrong("COMPLIANCE_POLICY", other, "expected pqc"));
+            }
+        };
+        let local_xds = match (env.text("LOCAL_XDS_PATH"), env.text("LOCAL_XDS")) {
+            (Some(_), Some(_)) => {
+                return Err(ConfigError::Invalid(
+                    "only one of LOCAL_XDS_PATH and LOCAL_XDS may be set".into(),
+                ));
+            }
+            (Some(path), None) => Some(LocalXds::File(path.into())),
+            (None, Some(text)) => Some(LocalXds::Inline(text.to_string())),
+            (None, None) => None,
+        };
+        let ipv6 = env.get("IPV6_ENABLED", "true", parse::boolean)?;
+        let wildcard = if ipv6 {
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+        } else {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+        };
+        let default_control = proxy_config.discovery_address.clone().unwrap_or_else(|| {
+            if env.text("KUBERNETES_SERVICE_HOST").is_some() {
+                "https://istiod.istio-system.svc:15012".to_string()
+            } else {
+                "https://localhost:15012".to_string()
+            }
+        });
+        let ca = env.peer("CA", &default_control)?;
+        let token = match env.text("AUTH_TOKEN") {
+            Some(value) if std::path::Path::new(value).exists() => TokenSource::File(value.into()),
+            Some(value) => TokenSource::Static(value.to_string()),
+            None if std::path::Path::new(DEFAULT_TOKEN).exists() => TokenSource::File(DEFAULT_TOKEN.into()),
+            None => TokenSource::None,
+        };
+        if ca.address.is_none() {
+            return Err(ConfigError::Invalid(
+                "CA_ADDRESS is empty: without a CA no identity can be had; name the CA's address".into(),
+            ));
+        }
+        Ok(Self {
+            dns: metadata
+                .get("DNS_CAPTURE")
+                .is_none_or(|v| v.eq_ignore_ascii_case("true")),
+            dns_address: match metadata.get("DNS_PROXY_ADDR") {
+                None => ListenAddress::Localhost(DNS_PORT),
+                Some(text) => dns_address(text)?,
+            },
+            stream_window: env.window("HTTP2_STREAM_WINDOW_SIZE", 4 << 20)?,
+            connection_window: env.window("HTTP2_CONNECTION_WINDOW_SIZE", 16 << 20)?,
+            frame_size: env.get("HTTP2_FRAME_SIZE", "1048576", |v| match v.parse() {
+                Ok(size @ 16_384..=16_777_215) => Ok(size),
+                _ => Err("expected 16384 to 16777215".to_string()),
+            })?,
+            pool_max_streams: env.get("POOL_MAX_STREAMS_PER_CONNECTION", "100", |v| match v.parse() {
+                Ok(0) | Err(_) => Err("expected 1 to 65535".to_string()),
+                Ok(count) => Ok(count),
+            })?,
+            pool_unused_release: env.get("POOL_UNUSED_RELEASE_TIMEOUT", "5m", parse::duration)?,
+            admin: ListenAddress::Localhost(proxy_config.proxy_admin_port.unwrap_or(ADMIN_PORT)),
+            stats: SocketAddr::new(wildcard, proxy_config.stats_port.unwrap_or(STATS_PORT)),
+            readiness: SocketAddr::new(wildcard, READINESS_PORT),
+            network: env.owned("NETWORK", ""),
+            node: env.owned("NODE_NAME", ""),
+            cluster_id: metadata
+                .get("CLUSTER_ID")
+                .cloned()
+                .unwrap_or_else(|| env.owned("CLUSTER_ID", "Kubernetes")),
+            cluster_domain: env.owned("CLUSTER_DOMAIN", "cluster.local"),
+            pod_name: env.owned("POD_NAME", ""),
+            pod_namespace: env.owned("POD_NAMESPACE", ""),
+            instance_ip: env.owned("INSTANCE_IP", "1.1.1.1"),
+            trust_domain: env.owned("TRUST_DOMAIN", "cluster.local"),
+            xds: env.peer("XDS", &default_control)?,
+            ca,
+            token,
+            preferred_service_namespace: env.text("PREFERED_SERVICE_NAMESPACE").map(str::to_string),
+            secret_ttl: env.get("SECRET_TTL", "24h", parse::duration)?,
+            local_xds,
+            termination_deadline: env.termination_deadline()?,
+            metadata_json: env.metadata_json(),
+            metadata,
+            workers: env.workers(&proxy_config, cores)?,
+            original_source: env
+                .text("ENABLE_ORIG_SRC")
+                .map(|v| parse::boolean(v).map_err(|reason| env.wrong("ENABLE_ORIG_SRC", v, &reason)))
+                .transpose()?,
+            packet_mark: env.get("PACKET_MARK", "1337", |v| match v.parse::<u32>() {
+                Ok(0) => Ok(None),
+                Ok(mark) => Ok(Some(mark)),
+                Err(_) => Err("expected a number".to_string()),
+            })?,
+            keepalive: Keepalive {
+                enabled: env.get("KEEPALIVE_ENABLED", "true", parse::boolean)?,
+                time: env.get("KEEPALIVE_TIME", "180s", parse::duration)?,
+                interval: env.get("KEEPALIVE_INTERVAL", "180s", parse::duration)?,
+                retries: env.get("KEEPALIVE_RETRIES", "9", |v| match v.parse() {
+                    Ok(count @ 1..=127) => Ok(count),
+                    _ => Err("expected 1 to 127".to_string()),
+                })?,
+                user_timeout: env.get("USER_TIMEOUT_ENABLED", "false", parse::boolean)?,
+            },
+            response_baggage: env.get("ENABLE_RESPONSE_BAGGAGE", "true", parse::boolean)?,
+            zds_path: env.owned("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock").into(),
+            port_reuse: env.get("INPOD_PORT_REUSE", "true", parse::boolean)?,
+            ipv6,
+            tls12: env.get("TLS12_ENABLED", "false", parse::boolean)?,
+            pqc,
+            policy_info_logging: env.get("AUTHZ_POLICY_INFO_LOGGING", "false", parse::boolean)?,
+            arguments,
+        })
+    }
+}
+
+fn dns_address(text: &str) -> Result<ListenAddress, ConfigError> {
+    let parsed = match text.strip_prefix("localhost:") {
+        Some(port) => port.parse().ok().map(ListenAddress::Localhost),
+        None => text.parse().ok().map(ListenAddress::At),
+    };
+    parsed.ok_or_else(|| {
+        ConfigError::Invalid(format!(
+            "failed to parse DNS_PROXY_ADDR: expected localhost:PORT or IP:PORT, got {text:?}"
+        ))
+    })
+}
+
+/// A snapshot of the environment; an empty value counts as unset, but for the addresses that it switches off.
+struct Variables(BTreeMap<String, String>);
+
+impl Variables {
+    fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|v| !v.is_empty())
+    }
+
+    fn owned(&self, name: &str, default: &str) -> String {
+        self.text(name).unwrap_or(default).to_string()
+    }
+
+    fn wrong(&self, name: &str, value: &str, reason: &str) -> ConfigError {
+        ConfigError::Variable {
+            name: name.to_string(),
+            value: value.to_string(),
+            reason: reason.to_string(),
+        }
+    }
+
+    fn get<T>(
+        &self,
+        name: &str,
+        default: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<T, ConfigError> {
+        let value = self.text(name).unwrap_or(default);
+        parse(value).map_err(|reason| self.wrong(name, value, &reason))
+    }
+
+    fn window(&self, name: &str, default: u32) -> Result<u32, ConfigError> {
+        self.get(name, &default.to_string(), |v| match v.parse() {
+            Ok(size @ 65_535..=0x7fff_ffff) => Ok(size),
+            _ => Err("expected 65535 to 2147483647 bytes".to_string()),
+        })
+    }
+
+    fn peer(&self, kind: &str, default: &str) -> Result<ControlPeer, ConfigError> {
+        let name = format!("{kind}_ADDRESS");
+        let address = match self.0.get(&name).map(String::as_str) {
+            Some("") => None,
+            Some(value) => Some(value),
+            None => Some(default),
+        };
+        let address = address
+            .map(|text| {
+                let full = if text.contains("://") {
+                    text.to_string()
+                } else {
+                    format!("https://{text}")
+                };
+                match full.parse::<http::Uri>() {
+                    Ok(uri) if uri.scheme_str() == Some("https") && uri.host().is_some() => Ok(full),
+                    Ok(_) => Err(ConfigError::Uri(format!("{name}={text}: expected https://HOST:PORT"))),
+                    Err(e) => Err(ConfigError::Uri(format!("{name}={text}: {e}"))),
+                }
+            })
+            .transpose()?;
+        let name = format!("{kind}_ROOT_CA");
+        let root = match self.text(&name) {
+            None => RootSource::File(DEFAULT_ROOT.into()),
+            Some("SYSTEM") => RootSource::System,
+            Some(value) if value.contains("-----BEGIN") => RootSource::Inline(value.to_string()),
+            Some(value) => RootSource::File(value.into()),
+        };
+        let prefix = format!("{kind}_HEADER_");
+        let mut headers = Vec::new();
+        for (key, value) in &self.0 {
+            if let Some(header) = key.strip_prefix(&prefix) {
+                let header = header.to_ascii_lowercase();
+                if http::HeaderName::try_from(&header).is_err() {
+                    return Err(ConfigError::Header(format!("key: {key}")));
+                }
+                if http::HeaderValue::try_from(value).is_err() {
+                    return Err(ConfigError::Header(format!("value of {key}")));
+                }
+                headers.push((header, value.clone()));
+            }
+        }
+        Ok(ControlPeer {
+            address,
+            root,
+            alt_hostname: self.text(&format!("ALT_{kind}_HOSTNAME")).map(str::to_string),
+            headers,
+        })
+    }
+
+    fn metadata(&self, proxy_config: &ProxyConfig) -> BTreeMap<String, String> {
+        let bare = |key: &str| key.trim_start_matches("ISTIO_META_").to_string();
+        let mut metadata: BTreeMap<String, String> = proxy_config
+            .proxy_metadata
+            .iter()
+            .map(|(k, v)| (bare(k), v.clone()))
+            .collect();
+        for (key, value) in &self.0 {
+            if key.starts_with("ISTIO_META_") {
+                metadata.insert(bare(key), value.clone());
+            }
+        }
+        metadata
+    }
+
+    fn metadata_json(&self) -> BTreeMap<String, serde_json::Value> {
+        let mut metadata = BTreeMap::new();
+        for (key, value) in &self.0 {
+            if let Some(name) = key.strip_prefix("ISTIO_METAJSON_") {
+                match serde_json::from_str(value) {
+                    Ok(json) => {
+                        metadata.insert(name.to_string(), json);
+                    }
+                    Err(e) => tracing::error!("skipping {key}, which is not JSON: {e}"),
+                }
+            }
+        }
+        metadata
+    }
+
+    fn workers(&self, proxy_config: &ProxyConfig, detected: usize) -> Result<usize, ConfigError> {
+        let optional = |name: &str| {
+            self.text(name)
+                .map(|v| parse::cpu_quantity(v).map_err(|reason| self.wrong(name, v, &reason)))
+                .transpose()
+        };
+        let limit = optional("ZTUNNEL_RESOURCE_CPU_LIMIT")?;
+        let request = optional("ZTUNNEL_RESOURCE_CPU_REQUEST")?.unwrap_or(0);
+        let cores = limit.or(optional("ZTUNNEL_CPU_LIMIT")?).unwrap_or(detected).max(1);
+        let default = match (limit, proxy_config.concurrency) {
+            (_, Some(0)) => cores,
+            (_, Some(count)) => count,
+            (Some(limit), None) => limit.max(request),
+            (None, None) => cores.div_ceil(4).max(request).max(2),
+        };
+        let workers = match self.text("ZTUNNEL_WORKER_THREADS") {
+            Some(value) => parse::worker_threads(value, cores)
+                .map_err(|reason| self.wrong("ZTUNNEL_WORKER_THREADS", value, &reason))?,
+            None => default,
+        };
+        Ok(workers.clamp(1, 256))
+    }
+
+    fn termination_deadline(&self) -> Result<Duration, ConfigError> {
+        if self.text("CONNECTION_TERMINATION_DEADLINE").is_some() {
+            return self.get("CONNECTION_TERMINATION_DEADLINE", "5s", parse::duration);
+        }
+        match self.text("TERMINATION_GRACE_PERIOD_SECONDS") {
+            None => Ok(Duration::from_secs(5)),
+            Some(value) => {
+                let seconds: u64 = value.parse().map_err(|_| {
+                    self.wrong("TERMINATION_GRACE_PERIOD_SECONDS", value, "expected whole seconds")
+                })?;
+                let margin = if seconds > 10 { 5 } else { 1 };
+                Ok(Duration::from_secs(seconds.saturating_sub(margin).max(1)))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let map = variables
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect();
+        Config::from_variables(&Variables(map), None, 8, String::new())
+    }
+
+    #[test]
+    fn nothing_set_gives_the_documented_defaults() {
+        let config = load(&[]).unwrap();
+        assert_eq!(config.workers, 2);
+        assert_eq!(config.packet_mark, Some(1337));
+        assert_eq!(config.xds.address.as_deref(), Some("https://localhost:15012"));
+        assert_eq!(config.termination_deadline, Duration::from_secs(5));
+        assert!(config.dns && config.ipv6);
+    }
+
+    #[test]
+    fn a_malformed_value_is_refused_by_name() {
+        for (name, value) in [
+            ("PROXY_MODE", "sidecar"),
+            ("IPV6_ENABLED", "yes"),
+            ("KEEPALIVE_TIME", "soon"),
+            ("HTTP2_FRAME_SIZE", "12"),
+            ("POOL_MAX_STREAMS_PER_CONNECTION", "0"),
+            ("ZTUNNEL_WORKER_THREADS", "200%"),
+            ("COMPLIANCE_POLICY", "fips"),
+            ("ENABLE_ORIG_SRC", "maybe"),
+        ] {
+            let error = load(&[(name, value)]).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("invalid env var {name}={value} (")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_refuses_to_start() {
+        for variable in [("FAKE_CA", "true"), ("PROXY_MODE", "dedicated"), ("CRL_PATH", "/crl"), ("CA_ADDRESS", "")] {
+            assert!(matches!(load(&[variable]), Err(ConfigError::Invalid(_))), "{variable:?}");
+        }
+        assert!(matches!(load(&[("XDS_ADDRESS", "http://x:1")]), Err(ConfigError::Uri(_))));
+    }
+
+    #[test]
+    fn metadata_and_headers_come_from_prefixed_variables() {
+        let config = load(&[
+            ("ISTIO_META_DNS_CAPTURE", "FALSE"),
+            ("ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:15053"),
+            ("ISTIO_META_CLUSTER_ID", "east"),
+            ("XDS_HEADER_X_A", "1"),
+            ("TERMINATION_GRACE_PERIOD_SECONDS", "0"),
+        ])
+        .unwrap();
+        assert!(!config.dns);
+        assert_eq!(config.dns_address, ListenAddress::At("127.0.0.1:15053".parse().unwrap()));
+        assert_eq!(config.cluster_id, "east");
+        assert_eq!(config.xds.headers, [("x_a".to_string(), "1".to_string())]);
+        assert_eq!(config.termination_deadline, Duration::from_secs(1));
+    }
+}
