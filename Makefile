@@ -1,0 +1,34 @@
+# Warren. `make help` lists the targets.
+SHELL := /bin/bash
+CARGO ?= cargo
+PACKAGES := iptables iproute2 curl
+APT_PACKAGES := $(PACKAGES) gcc g++ make cmake
+
+.PHONY: help demo test lint bench packages
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+packages: ## install (as root) or name the Debian packages that are missing
+	@missing=(); for p in $(APT_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
+	if [ $${#missing[@]} -gt 0 ]; then \
+	  if [ "$$(id -u)" = 0 ]; then \
+	    echo "installing $${missing[*]}"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+	  else echo "missing Debian packages; install them with: sudo apt-get install $${missing[*]}" >&2; exit 1; fi; fi
+	@command -v $(CARGO) >/dev/null || { echo "cargo is missing: install Rust 1.95 or newer (https://rustup.rs)" >&2; exit 1; }
+
+demo: packages ## two nodes, the sample application, a policy, on this machine
+	$(CARGO) build --release --bin warren
+	"$${CARGO_TARGET_DIR:-target}"/release/warren lab demo
+
+test: packages ## every test
+	$(CARGO) test --workspace --no-fail-fast
+
+lint: ## formatting and clippy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+bench: packages ## bulk and request figures through a two-node mesh on this machine
+	$(CARGO) build --release --bin warren
+	"$${CARGO_TARGET_DIR:-target}"/release/warren lab bench
