@@ -185,7 +185,12 @@ impl Config {
             }
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::from_variables(&Variables(variables), mesh_config.as_deref(), cores, arguments)
+        Self::from_variables(
+            &Variables(variables),
+            mesh_config.as_deref(),
+            cores,
+            arguments,
+        )
     }
 
     fn from_variables(
@@ -261,12 +266,15 @@ impl Config {
         let token = match env.text("AUTH_TOKEN") {
             Some(value) if std::path::Path::new(value).exists() => TokenSource::File(value.into()),
             Some(value) => TokenSource::Static(value.to_string()),
-            None if std::path::Path::new(DEFAULT_TOKEN).exists() => TokenSource::File(DEFAULT_TOKEN.into()),
+            None if std::path::Path::new(DEFAULT_TOKEN).exists() => {
+                TokenSource::File(DEFAULT_TOKEN.into())
+            }
             None => TokenSource::None,
         };
         if ca.address.is_none() {
             return Err(ConfigError::Invalid(
-                "CA_ADDRESS is empty: without a CA no identity can be had; name the CA's address".into(),
+                "CA_ADDRESS is empty: without a CA no identity can be had; name the CA's address"
+                    .into(),
             ));
         }
         Ok(Self {
@@ -283,9 +291,11 @@ impl Config {
                 Ok(size @ 16_384..=16_777_215) => Ok(size),
                 _ => Err("expected 16384 to 16777215".to_string()),
             })?,
-            pool_max_streams: env.get("POOL_MAX_STREAMS_PER_CONNECTION", "100", |v| match v.parse() {
-                Ok(0) | Err(_) => Err("expected 1 to 65535".to_string()),
-                Ok(count) => Ok(count),
+            pool_max_streams: env.get("POOL_MAX_STREAMS_PER_CONNECTION", "100", |v| {
+                match v.parse() {
+                    Ok(0) | Err(_) => Err("expected 1 to 65535".to_string()),
+                    Ok(count) => Ok(count),
+                }
             })?,
             pool_unused_release: env.get("POOL_UNUSED_RELEASE_TIMEOUT", "5m", parse::duration)?,
             admin: ListenAddress::Localhost(proxy_config.proxy_admin_port.unwrap_or(ADMIN_PORT)),
@@ -314,7 +324,9 @@ impl Config {
             workers: env.workers(&proxy_config, cores)?,
             original_source: env
                 .text("ENABLE_ORIG_SRC")
-                .map(|v| parse::boolean(v).map_err(|reason| env.wrong("ENABLE_ORIG_SRC", v, &reason)))
+                .map(|v| {
+                    parse::boolean(v).map_err(|reason| env.wrong("ENABLE_ORIG_SRC", v, &reason))
+                })
                 .transpose()?,
             packet_mark: env.get("PACKET_MARK", "1337", |v| match v.parse::<u32>() {
                 Ok(0) => Ok(None),
@@ -332,7 +344,9 @@ impl Config {
                 user_timeout: env.get("USER_TIMEOUT_ENABLED", "false", parse::boolean)?,
             },
             response_baggage: env.get("ENABLE_RESPONSE_BAGGAGE", "true", parse::boolean)?,
-            zds_path: env.owned("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock").into(),
+            zds_path: env
+                .owned("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock")
+                .into(),
             port_reuse: env.get("INPOD_PORT_REUSE", "true", parse::boolean)?,
             ipv6,
             tls12: env.get("TLS12_ENABLED", "false", parse::boolean)?,
@@ -360,7 +374,10 @@ struct Variables(BTreeMap<String, String>);
 
 impl Variables {
     fn text(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str).filter(|v| !v.is_empty())
+        self.0
+            .get(name)
+            .map(String::as_str)
+            .filter(|v| !v.is_empty())
     }
 
     fn owned(&self, name: &str, default: &str) -> String {
@@ -407,8 +424,12 @@ impl Variables {
                     format!("https://{text}")
                 };
                 match full.parse::<http::Uri>() {
-                    Ok(uri) if uri.scheme_str() == Some("https") && uri.host().is_some() => Ok(full),
-                    Ok(_) => Err(ConfigError::Uri(format!("{name}={text}: expected https://HOST:PORT"))),
+                    Ok(uri) if uri.scheme_str() == Some("https") && uri.host().is_some() => {
+                        Ok(full)
+                    }
+                    Ok(_) => Err(ConfigError::Uri(format!(
+                        "{name}={text}: expected https://HOST:PORT"
+                    ))),
                     Err(e) => Err(ConfigError::Uri(format!("{name}={text}: {e}"))),
                 }
             })
@@ -437,7 +458,9 @@ impl Variables {
         Ok(ControlPeer {
             address,
             root,
-            alt_hostname: self.text(&format!("ALT_{kind}_HOSTNAME")).map(str::to_string),
+            alt_hostname: self
+                .text(&format!("ALT_{kind}_HOSTNAME"))
+                .map(str::to_string),
             headers,
         })
     }
@@ -480,7 +503,10 @@ impl Variables {
         };
         let limit = optional("ZTUNNEL_RESOURCE_CPU_LIMIT")?;
         let request = optional("ZTUNNEL_RESOURCE_CPU_REQUEST")?.unwrap_or(0);
-        let cores = limit.or(optional("ZTUNNEL_CPU_LIMIT")?).unwrap_or(detected).max(1);
+        let cores = limit
+            .or(optional("ZTUNNEL_CPU_LIMIT")?)
+            .unwrap_or(detected)
+            .max(1);
         let default = match (limit, proxy_config.concurrency) {
             (_, Some(0)) => cores,
             (_, Some(count)) => count,
@@ -503,7 +529,11 @@ impl Variables {
             None => Ok(Duration::from_secs(5)),
             Some(value) => {
                 let seconds: u64 = value.parse().map_err(|_| {
-                    self.wrong("TERMINATION_GRACE_PERIOD_SECONDS", value, "expected whole seconds")
+                    self.wrong(
+                        "TERMINATION_GRACE_PERIOD_SECONDS",
+                        value,
+                        "expected whole seconds",
+                    )
                 })?;
                 let margin = if seconds > 10 { 5 } else { 1 };
                 Ok(Duration::from_secs(seconds.saturating_sub(margin).max(1)))
@@ -529,7 +559,10 @@ mod tests {
         let config = load(&[]).unwrap();
         assert_eq!(config.workers, 2);
         assert_eq!(config.packet_mark, Some(1337));
-        assert_eq!(config.xds.address.as_deref(), Some("https://localhost:15012"));
+        assert_eq!(
+            config.xds.address.as_deref(),
+            Some("https://localhost:15012")
+        );
         assert_eq!(config.termination_deadline, Duration::from_secs(5));
         assert!(config.dns && config.ipv6);
     }
@@ -547,16 +580,30 @@ mod tests {
             ("ENABLE_ORIG_SRC", "maybe"),
         ] {
             let error = load(&[(name, value)]).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("invalid env var {name}={value} (")), "{error}");
+            assert!(
+                error.starts_with(&format!("invalid env var {name}={value} (")),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn what_is_not_built_refuses_to_start() {
-        for variable in [("FAKE_CA", "true"), ("PROXY_MODE", "dedicated"), ("CRL_PATH", "/crl"), ("CA_ADDRESS", "")] {
-            assert!(matches!(load(&[variable]), Err(ConfigError::Invalid(_))), "{variable:?}");
+        for variable in [
+            ("FAKE_CA", "true"),
+            ("PROXY_MODE", "dedicated"),
+            ("CRL_PATH", "/crl"),
+            ("CA_ADDRESS", ""),
+        ] {
+            assert!(
+                matches!(load(&[variable]), Err(ConfigError::Invalid(_))),
+                "{variable:?}"
+            );
         }
-        assert!(matches!(load(&[("XDS_ADDRESS", "http://x:1")]), Err(ConfigError::Uri(_))));
+        assert!(matches!(
+            load(&[("XDS_ADDRESS", "http://x:1")]),
+            Err(ConfigError::Uri(_))
+        ));
     }
 
     #[test]
@@ -570,7 +617,10 @@ mod tests {
         ])
         .unwrap();
         assert!(!config.dns);
-        assert_eq!(config.dns_address, ListenAddress::At("127.0.0.1:15053".parse().unwrap()));
+        assert_eq!(
+            config.dns_address,
+            ListenAddress::At("127.0.0.1:15053".parse().unwrap())
+        );
         assert_eq!(config.cluster_id, "east");
         assert_eq!(config.xds.headers, [("x_a".to_string(), "1".to_string())]);
         assert_eq!(config.termination_deadline, Duration::from_secs(1));

@@ -91,7 +91,8 @@ pub fn cpu_quantity(text: &str) -> Result<usize, String> {
 
 /// `ZTUNNEL_WORKER_THREADS`: a count, `0` for all cores, or a percentage of them.
 pub fn worker_threads(text: &str, cores: usize) -> Result<usize, String> {
-    let wrong = || format!("expected a number of threads or a percentage such as 50%, got {text:?}");
+    let wrong =
+        || format!("expected a number of threads or a percentage such as 50%, got {text:?}");
     if let Some(percent) = text.strip_suffix('%') {
         let percent: f64 = percent.parse().map_err(|_| wrong())?;
         if !(percent > 0.0 && percent <= 100.0) {

@@ -31,7 +31,9 @@ impl ProxyConfig {
             None => Self::default(),
             Some(text) => {
                 serde_yaml_ng::from_str::<MeshConfig>(text)
-                    .map_err(|e| ConfigError::ProxyConfig(format!("failed parsing mesh config file: {e}")))?
+                    .map_err(|e| {
+                        ConfigError::ProxyConfig(format!("failed parsing mesh config file: {e}"))
+                    })?
                     .default_config
             }
         };
@@ -59,7 +61,8 @@ mod tests {
     #[test]
     fn own_fields_win_and_metadata_merges() {
         let mesh = "defaultConfig:\n  discoveryAddress: a:1\n  concurrency: 2\n  proxyMetadata: {A: x, B: x}\n";
-        let merged = ProxyConfig::load(Some(mesh), Some("{concurrency: 4, proxyMetadata: {B: y}}")).unwrap();
+        let merged =
+            ProxyConfig::load(Some(mesh), Some("{concurrency: 4, proxyMetadata: {B: y}}")).unwrap();
         assert_eq!(merged.discovery_address.as_deref(), Some("a:1"));
         assert_eq!(merged.concurrency, Some(4));
         assert_eq!(merged.proxy_metadata["A"], "x");
