@@ -1,0 +1,146 @@
+//! One captured pod on one worker: who it is, its tunnels, its live flows.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::identity::Certificates;
+use crate::mesh::Workload;
+use crate::mesh_feed::SharedMesh;
+use crate::node::sockets::PodNetns;
+use crate::policy::Context;
+use crate::telemetry::Telemetry;
+
+use super::connections::Connections;
+use super::drain::Drain;
+
+/// How long a flow waits for the record of its own workload.
+const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// What every pod of the process shares.
+#[derive(Clone)]
+pub struct Shared {
+    pub config: Arc<Config>,
+    pub mesh: SharedMesh,
+    pub certificates: Certificates,
+    pub telemetry: Arc<Telemetry>,
+}
+
+/// A pod as the node agent announced it.
+#[derive(Debug)]
+pub struct PodSpec {
+    pub uid: String,
+    pub name: String,
+    pub namespace: String,
+    pub service_account: String,
+    pub netns: Arc<PodNetns>,
+    /// Whether the listeners may take foreign source addresses.
+    pub transparent: bool,
+}
+
+/// The pod's state on one worker.
+pub struct Pod {
+    pub spec: Arc<PodSpec>,
+    pub shared: Rc<Shared>,
+    pub pool: hbone::Pool,
+    pub connections: Connections,
+    pub drain: Drain,
+    /// The baggage of the pod's workload record, rendered once per record.
+    baggage: RefCell<Option<(Arc<Workload>, Rc<str>)>>,
+    random: Cell<u64>,
+}
+
+impl Pod {
+    pub fn new(spec: Arc<PodSpec>, shared: Rc<Shared>, pool: hbone::Pool, drain: Drain, seed: u64) -> Self {
+        Self {
+            spec,
+            shared,
+            pool,
+            connections: Connections::default(),
+            drain,
+            baggage: RefCell::new(None),
+            random: Cell::new(seed | 1),
+        }
+    }
+
+    /// The pod's own workload record; waits a bounded time for it to arrive.
+    ///
+    /// # Errors
+    /// The text for the log when it does not arrive.
+    pub async fn workload(&self) -> Result<Arc<Workload>, String> {
+        if let Some(workload) = self.known_workload() {
+            return Ok(workload);
+        }
+        let mut changes = self.shared.mesh.subscribe();
+        let arrival = async {
+            loop {
+                if let Some(workload) = self.known_workload() {
+                    return Some(workload);
+                }
+                if changes.changed().await.is_err() {
+                    return None;
+                }
+            }
+        };
+        if let Ok(Some(workload)) = tokio::time::timeout(WORKLOAD_WAIT, arrival).await {
+            return Ok(workload);
+        }
+        let PodSpec { name, namespace, service_account, .. } = &*self.spec;
+        let who = format!("{service_account}.{namespace} ({name})");
+        tracing::warn!("timed out waiting for workload '{who}' from xds");
+        Err(format!("failed to fetch information about local workload: {who}"))
+    }
+
+    fn known_workload(&self) -> Option<Arc<Workload>> {
+        let PodSpec { name, namespace, service_account, .. } = &*self.spec;
+        self.shared.mesh.load().local_workload(namespace, name, service_account).cloned()
+    }
+
+    /// What the pod says of itself in a `baggage` header.
+    pub fn baggage(&self, workload: &Arc<Workload>) -> Rc<str> {
+        let mut cache = self.baggage.borrow_mut();
+        if let Some((known, text)) = &*cache
+            && Arc::ptr_eq(known, workload)
+        {
+            return text.clone();
+        }
+        let text: Rc<str> = workload.baggage().to_string().into();
+        *cache = Some((workload.clone(), text.clone()));
+        text
+    }
+
+    /// A pseudo-random number below `bound`, for balancing and trace ids; not for secrets.
+    pub fn random(&self, bound: u64) -> u64 {
+        let mut x = self.random.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random.set(x);
+        if bound == 0 { 0 } else { x % bound }
+    }
+
+    /// A W3C `traceparent` for a new flow.
+    pub fn traceparent(&self) -> String {
+        let part = || self.random(u64::MAX);
+        format!("00-{:016x}{:016x}-{:016x}-00", part(), part(), part())
+    }
+
+    /// Judges the admitted flows anew and cuts those that policy no longer allows.
+    pub fn recheck(&self) {
+        let Some(workload) = self.known_workload() else { return };
+        let mesh = self.shared.mesh.load();
+        let cut = self.connections.revoke(|flow| {
+            let context = Context { identity: flow.identity.as_ref(), src: flow.src, dst: flow.dst };
+            mesh.verdict(&workload, &context).is_allowed()
+        });
+        for flow in cut {
+            let identity = flow.identity.as_ref().map_or_else(|| "None".to_string(), ToString::to_string);
+            tracing::info!(
+                "connection {}({identity})->{} ({}) closed because it's no longer allowed after a policy update",
+                flow.src, flow.dst, workload.uid,
+            );
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! A data-plane worker: one OS thread with its own runtime, its own listeners and its own tunnels.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::{JoinSet, LocalSet};
+
+use super::drain::{Drain, DrainHandle, Stage, drain};
+use super::pod::{Pod, PodSpec, Shared};
+use super::{inbound, outbound, passthrough};
+
+/// How long a listener rests after an accept error such as a shortage of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The listeners of one pod for one worker, made in the pod's namespace.
+pub struct Listeners {
+    pub outbound: std::net::TcpListener,
+    pub plaintext: std::net::TcpListener,
+    pub hbone: std::net::TcpListener,
+    pub dns_udp: Vec<std::net::UdpSocket>,
+    pub dns_tcp: Vec<std::net::TcpListener>,
+}
+
+enum Command {
+    Add(Arc<PodSpec>, Listeners, oneshot::Sender<io::Result<()>>),
+    /// Ends a pod's proxy at `Stage`; answered when nothing of it is left.
+    Remove(String, Stage, oneshot::Sender<()>),
+    /// Ends every pod's proxy gracefully within the deadline.
+    Stop(Duration, oneshot::Sender<()>),
+    Run(Box<dyn FnOnce() + Send>),
+}
+
+/// The control thread's end of a worker.
+pub struct Worker(mpsc::UnboundedSender<Command>);
+
+impl Worker {
+    /// Starts the worker's thread.
+    ///
+    /// # Errors
+    /// When the thread or its runtime cannot be made.
+    pub fn start(index: usize, shared: Shared) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            let local = LocalSet::new();
+            local.block_on(&runtime, run(Rc::new(shared), receiver));
+        })?;
+        Ok(Self(sender))
+    }
+
+    pub async fn add(&self, spec: Arc<PodSpec>, listeners: Listeners) -> io::Result<()> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || io::Error::other("the data-plane worker has stopped");
+        self.0.send(Command::Add(spec, listeners, reply)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Cuts whatever the pod's proxy still carries.
+    pub async fn remove(&self, uid: &str) {
+        let (reply, answer) = oneshot::channel();
+        if self.0.send(Command::Remove(uid.to_string(), Stage::Cut, reply)).is_ok() {
+            let _ = answer.await;
+        }
+    }
+
+    /// Stops every pod's proxy, letting flows end within `deadline`.
+    pub async fn stop(&self, deadline: Duration) {
+        let (reply, answer) = oneshot::channel();
+        if self.0.send(Command::Stop(deadline, reply)).is_ok() {
+            let _ = answer.await;
+        }
+    }
+
+    /// Runs something on the worker's own thread, inside its runtime.
+    pub fn run_on(&self, task: impl FnOnce() + Send + 'static) {
+        let _ = self.0.send(Command::Run(Box::new(task)));
+    }
+}
+
+struct Running {
+    handle: DrainHandle,
+    ended: Rc<Ended>,
+}
+
+/// Counts a pod's tasks down.
+#[derive(Default)]
+struct Ended {
+    left: Cell<usize>,
+    notify: Notify,
+}
+
+impl Ended {
+    async fn wait(&self) {
+        while self.left.get() > 0 {
+            self.notify.notified().await;
+        }
+    }
+}
+
+async fn run(shared: Rc<Shared>, mut commands: mpsc::UnboundedReceiver<Command>) {
+    let mut pods: HashMap<String, Running> = HashMap::new();
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Add(spec, listeners, reply) => {
+                let uid = spec.uid.clone();
+                let started = start(&shared, spec, listeners);
+                let _ = reply.send(started.map(|running| {
+                    pods.insert(uid, running);
+                }));
+            }
+            Command::Remove(uid, stage, reply) => {
+                if let Some(running) = pods.remove(&uid) {
+                    running.handle.advance(stage);
+                    tokio::task::spawn_local(async move {
+                        running.ended.wait().await;
+                        let _ = reply.send(());
+                    });
+                }
+            }
+            Command::Stop(deadline, reply) => {
+                let pods = std::mem::take(&mut pods);
+                tokio::task::spawn_local(async move {
+                    stop_all(pods, deadline).await;
+                    let _ = reply.send(());
+                });
+            }
+            Command::Run(task) => task(),
+        }
+    }
+}
+
+async fn stop_all(pods: HashMap<String, Running>, deadline: Duration) {
+    for running in pods.values() {
+        running.handle.advance(Stage::Draining);
+    }
+    let ended = async {
+        for running in pods.values() {
+            running.ended.wait().await;
+        }
+    };
+    if tokio::time::timeout(deadline, ended).await.is_err() {
+        tracing::warn!("drain duration expired with pending connections, forcefully shutting down");
+    }
+    for running in pods.values() {
+        running.handle.advance(Stage::Cut);
+    }
+    for running in pods.values() {
+        running.ended.wait().await;
+    }
+}
+
+fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::Result<Running> {
+    let (handle, drain) = drain();
+    let pod = Rc::new(Pod::new(spec, shared.clone(), drain.clone()));
+    let ended = Rc::new(Ended::default());
+    let task = |work: std::pin::Pin<Box<dyn Future<Output = ()>>>| {
+        ended.left.set(ended.left.get() + 1);
+        let ended = ended.clone();
+        tokio::task::spawn_local(async move {
+            work.await;
+            ended.left.set(ended.left.get() - 1);
+            ended.notify.notify_waiters();
+            ended.notify.notify_one();
+        });
+    };
+    task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.outbound)?, true, outbound::serve)));
+    task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.plaintext)?, true, passthrough::serve)));
+    task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.hbone)?, true, inbound::serve)));
+    task(Box::pin(follow_policy(pod.clone())));
+    let udp = listeners.dns_udp.into_iter().map(UdpSocket::from_std).collect::<io::Result<Vec<_>>>()?;
+    let tcp = listeners.dns_tcp.into_iter().map(TcpListener::from_std).collect::<io::Result<Vec<_>>>()?;
+    if !udp.is_empty() || !tcp.is_empty() {
+        task(Box::pin(until(drain, super::pod_dns::serve(pod, udp, tcp))));
+    }
+    Ok(Running { handle, ended })
+}
+
+async fn until(drain: Drain, work: impl Future<Output = ()>) {
+    tokio::select! {
+        () = work => {}
+        () = drain.reached(Stage::Draining) => {}
+    }
+}
+
+/// Accepts until the drain begins, then lets the flows end until they are cut.
+async fn accept<F, S>(pod: Rc<Pod>, listener: TcpListener, keepalive: bool, serve: S)
+where
+    F: Future<Output = ()> + 'static,
+    S: Fn(Rc<Pod>, TcpStream, SocketAddr) -> F,
+{
+    let mut flows = JoinSet::new();
+    {
+        let draining = pod.drain.reached(Stage::Draining);
+        tokio::pin!(draining);
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((socket, client)) => {
+                        let client = SocketAddr::new(client.ip().to_canonical(), client.port());
+                        pod.prepare(&socket, keepalive);
+                        flows.spawn_local(serve(pod.clone(), socket, client));
+                    }
+                    Err(error) => {
+                        tracing::error!("Failed TCP handshake {error}");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(_) = flows.join_next(), if !flows.is_empty() => {}
+                () = &mut draining => break,
+            }
+        }
+    }
+    drop(listener);
+    let ended = async { while flows.join_next().await.is_some() {} };
+    tokio::select! {
+        () = ended => {}
+        () = pod.drain.reached(Stage::Cut) => {}
+    }
+    flows.shutdown().await;
+}
+
+/// Judges the pod's live flows anew whenever the mesh changes.
+async fn follow_policy(pod: Rc<Pod>) {
+    let mut changes = pod.shared.mesh.subscribe();
+    let follow = async {
+        while changes.changed().await.is_ok() {
+            pod.recheck();
+        }
+    };
+    tokio::select! {
+        () = follow => {}
+        () = pod.drain.reached(Stage::Draining) => {}
+    }
+}
