@@ -174,7 +174,7 @@ fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::R
     task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.outbound)?, true, outbound::serve)));
     task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.plaintext)?, true, passthrough::serve)));
     task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.hbone)?, true, inbound::serve)));
-    task(Box::pin(follow_policy(pod.clone())));
+    tokio::task::spawn_local(follow_policy(pod.clone()));
     let udp = listeners.dns_udp.into_iter().map(UdpSocket::from_std).collect::<io::Result<Vec<_>>>()?;
     let tcp = listeners.dns_tcp.into_iter().map(TcpListener::from_std).collect::<io::Result<Vec<_>>>()?;
     if !udp.is_empty() || !tcp.is_empty() {
@@ -237,6 +237,6 @@ async fn follow_policy(pod: Rc<Pod>) {
     };
     tokio::select! {
         () = follow => {}
-        () = pod.drain.reached(Stage::Draining) => {}
+        () = pod.drain.reached(Stage::Cut) => {}
     }
 }
