@@ -1,0 +1,295 @@
+//! The certificates of this node's identities: fetched once, renewed at half-life, read without a lock.
+//!
+//! One worker talks to the CA, with a bounded number of calls in flight.
+
+use std::hash::{BuildHasher, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use hbone::{Identity, TlsIdentity};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+use super::IdentityError;
+use super::dump;
+use super::queue::{Priority, Queue};
+use super::retry;
+
+/// Calls to the CA at the same time.
+const CALLS: usize = 8;
+
+/// Whoever issues certificates: the CA's client, or a test's own.
+pub trait Authority: Send + Sync + 'static {
+    /// Gets a certificate with a new key. Bounded in time by the implementation.
+    fn issue<'a>(
+        &'a self,
+        identity: &'a Identity,
+    ) -> BoxFuture<'a, Result<TlsIdentity, IdentityError>>;
+}
+
+/// A handle on all certificates; clones share them.
+#[derive(Clone)]
+pub struct Certificates(Arc<Shared>);
+
+struct Shared {
+    authority: Arc<dyn Authority>,
+    entries: ArcSwap<Entries>,
+    /// Also the lock of all writers of `entries`.
+    queue: Mutex<Queue>,
+    wake: Notify,
+}
+
+type Entries = imbl::HashMap<Identity, Arc<Entry>>;
+
+struct Entry {
+    identity: Identity,
+    state: ArcSwap<State>,
+    failures: Mutex<Failures>,
+    changed: Notify,
+}
+
+enum State {
+    Initializing,
+    Available(Arc<TlsIdentity>),
+    Unavailable(IdentityError),
+    Forgotten,
+}
+
+#[derive(Default)]
+struct Failures {
+    count: u32,
+    since: Option<Instant>,
+}
+
+impl Certificates {
+    /// Nothing is fetched until [`Self::run`] is polled.
+    pub fn new(authority: Arc<dyn Authority>) -> Self {
+        Self(Arc::new(Shared {
+            authority,
+            entries: ArcSwap::from_pointee(Entries::new()),
+            queue: Mutex::new(Queue::default()),
+            wake: Notify::new(),
+        }))
+    }
+
+    /// The certificate, if there is a valid one now. Takes no lock.
+    pub fn cached(&self, identity: &Identity) -> Option<Arc<TlsIdentity>> {
+        let entries = self.0.entries.load();
+        match &**entries.get(identity)?.state.load() {
+            State::Available(tls) if is_valid(tls) => Some(tls.clone()),
+            _ => None,
+        }
+    }
+
+    /// The certificate, waiting for the CA's first answer if need be.
+    ///
+    /// # Errors
+    /// Why the last attempt failed, at once while the worker waits to try again.
+    pub async fn fetch(&self, identity: &Identity) -> Result<Arc<TlsIdentity>, IdentityError> {
+        let entry = self.request(identity, Priority::RealTime);
+        loop {
+            let changed = entry.changed.notified();
+            tokio::pin!(changed);
+            // Before the state is read, so that no change in between is missed.
+            changed.as_mut().enable();
+            match &*entry.state.load_full() {
+                State::Available(tls) if is_valid(tls) => return Ok(tls.clone()),
+                // Expired while the machine slept or its clock jumped.
+                State::Available(_) => self.hurry(identity, Priority::RealTime),
+                State::Initializing => {}
+                State::Unavailable(error) => return Err(error.clone()),
+                State::Forgotten => return Err(IdentityError::Forgotten),
+            }
+            changed.await;
+        }
+    }
+
+    /// Has the certificate fetched ahead of its use.
+    pub fn prefetch(&self, identity: &Identity) {
+        self.request(identity, Priority::Warmup);
+    }
+
+    /// Drops the certificate and ends its renewal; whoever waits for it is told so.
+    pub fn forget(&self, identity: &Identity) {
+        let mut queue = self.queue();
+        let mut entries = Entries::clone(&self.0.entries.load());
+        if let Some(entry) = entries.remove(identity) {
+            self.0.entries.store(Arc::new(entries));
+            queue.remove(identity);
+            entry.set(State::Forgotten);
+        }
+    }
+
+    /// All identities with their states and chains, for the configuration dump.
+    pub fn dump(&self) -> serde_json::Value {
+        let entries = self.0.entries.load_full();
+        let mut sorted: Vec<_> = entries.values().collect();
+        sorted.sort_by_key(|entry| entry.identity.to_string());
+        sorted
+            .into_iter()
+            .map(|entry| match &*entry.state.load_full() {
+                State::Initializing | State::Forgotten => {
+                    dump::entry(&entry.identity, "Initializing".to_string(), None)
+                }
+                State::Available(tls) => {
+                    dump::entry(&entry.identity, "Available".to_string(), Some(tls))
+                }
+                State::Unavailable(error) => {
+                    dump::entry(&entry.identity, format!("Unavailable: {error}"), None)
+                }
+            })
+            .collect()
+    }
+
+    /// The worker: fetches and renews until it is dropped. Run it once.
+    pub async fn run(self) {
+        let mut running = FuturesUnordered::new();
+        loop {
+            let next = {
+                let mut queue = self.queue();
+                while running.len() < CALLS
+                    && let Some(identity) = queue.pop(Instant::now())
+                {
+                    if let Some(entry) = self.0.entries.load().get(&identity).cloned() {
+                        running.push(self.call(entry));
+                    }
+                }
+                // With all calls taken, only a finished one is of interest.
+                queue.next_at().filter(|_| running.len() < CALLS)
+            };
+            tokio::select! {
+                Some((entry, result)) = running.next() => self.finish(&entry, result),
+                () = self.0.wake.notified() => {}
+                () = async { sleep_until(next.unwrap_or_else(Instant::now)).await },
+                    if next.is_some() => {}
+            }
+        }
+    }
+
+    async fn call(&self, entry: Arc<Entry>) -> (Arc<Entry>, Result<TlsIdentity, IdentityError>) {
+        let result = self.0.authority.issue(&entry.identity).await;
+        (entry, result)
+    }
+
+    fn finish(&self, entry: &Arc<Entry>, result: Result<TlsIdentity, IdentityError>) {
+        let mut queue = self.queue();
+        let current = self.0.entries.load().get(&entry.identity).cloned();
+        if !current.is_some_and(|current| Arc::ptr_eq(&current, entry)) {
+            return; // Forgotten meanwhile.
+        }
+        let (state, priority, wait) = match result {
+            Ok(tls) => {
+                *lock(&entry.failures) = Failures::default();
+                let wait =
+                    retry::renewal_after(tls.not_before(), tls.not_after(), SystemTime::now());
+                (
+                    Some(State::Available(Arc::new(tls))),
+                    Priority::Background,
+                    wait,
+                )
+            }
+            Err(error) => {
+                let delay = lock(&entry.failures).next_delay();
+                match &**entry.state.load() {
+                    State::Available(tls) if is_valid(tls) => {
+                        tracing::info!(
+                            "certificate renewal failed ({error}); retaining existing valid certificate until {}",
+                            dump::timestamp(tls.not_after())
+                        );
+                        let left = tls
+                            .not_after()
+                            .duration_since(SystemTime::now())
+                            .unwrap_or_default();
+                        (None, Priority::Background, delay.min(left))
+                    }
+                    _ => {
+                        tracing::warn!(
+                            "certificate fetch failed ({error}) and no valid existing certificate; will retry in {delay:?}"
+                        );
+                        (Some(State::Unavailable(error)), Priority::Warmup, delay)
+                    }
+                }
+            }
+        };
+        queue.put(entry.identity.clone(), priority, Instant::now() + wait);
+        if let Some(state) = state {
+            entry.set(state);
+        }
+    }
+
+    /// The entry of an identity, which is queued if it is new and hurried if it still waits for its first answer.
+    fn request(&self, identity: &Identity, priority: Priority) -> Arc<Entry> {
+        if let Some(entry) = self.0.entries.load().get(identity) {
+            if matches!(**entry.state.load(), State::Initializing) {
+                self.hurry(identity, priority);
+            }
+            return entry.clone();
+        }
+        let mut queue = self.queue();
+        let entries = self.0.entries.load_full();
+        if let Some(entry) = entries.get(identity) {
+            queue.hurry(identity, priority, Instant::now());
+            return entry.clone();
+        }
+        let entry = Arc::new(Entry {
+            identity: identity.clone(),
+            state: ArcSwap::from_pointee(State::Initializing),
+            failures: Mutex::default(),
+            changed: Notify::new(),
+        });
+        self.0
+            .entries
+            .store(Arc::new(entries.update(identity.clone(), entry.clone())));
+        queue.put(identity.clone(), priority, Instant::now());
+        drop(queue);
+        self.0.wake.notify_one();
+        entry
+    }
+
+    fn hurry(&self, identity: &Identity, priority: Priority) {
+        self.queue().hurry(identity, priority, Instant::now());
+        self.0.wake.notify_one();
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        lock(&self.0.queue)
+    }
+}
+
+impl Entry {
+    fn set(&self, state: State) {
+        self.state.store(Arc::new(state));
+        self.changed.notify_waiters();
+    }
+}
+
+impl Failures {
+    fn next_delay(&mut self) -> std::time::Duration {
+        let now = Instant::now();
+        self.count = self.count.saturating_add(1);
+        let since = *self.since.get_or_insert(now);
+        retry::delay_after(self.count, now.duration_since(since), chance())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_valid(tls: &TlsIdentity) -> bool {
+    tls.not_after() > SystemTime::now()
+}
+
+/// A number within -1 to 1, from the keys that the standard library draws for its hashers.
+fn chance() -> f64 {
+    let bits = std::hash::RandomState::new().build_hasher().finish();
+    (bits as f64 / u64::MAX as f64).mul_add(2.0, -1.0)
+}
+
+#[cfg(test)]
+#[path = "certificates_tests.rs"]
+mod tests;
