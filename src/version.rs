@@ -7,10 +7,33 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub fn facts() -> [(&'static str, String); 7] {
     [
         ("Version", VERSION.to_string()),
-        ("GitRevision", option_env!("WARREN_GIT_REVISION").unwrap_or("unknown").to_string()),
-        ("RustVersion", option_env!("WARREN_RUST_VERSION").unwrap_or("unknown").to_string()),
-        ("BuildProfile", if cfg!(debug_assertions) { "debug" } else { "release" }.to_string()),
-        ("BuildStatus", option_env!("WARREN_BUILD_STATUS").unwrap_or("unknown").to_string()),
+        (
+            "GitRevision",
+            option_env!("WARREN_GIT_REVISION")
+                .unwrap_or("unknown")
+                .to_string(),
+        ),
+        (
+            "RustVersion",
+            option_env!("WARREN_RUST_VERSION")
+                .unwrap_or("unknown")
+                .to_string(),
+        ),
+        (
+            "BuildProfile",
+            if cfg!(debug_assertions) {
+                "debug"
+            } else {
+                "release"
+            }
+            .to_string(),
+        ),
+        (
+            "BuildStatus",
+            option_env!("WARREN_BUILD_STATUS")
+                .unwrap_or("unknown")
+                .to_string(),
+        ),
         (
             "IstioVersion",
             std::env::var("ISTIO_META_ISTIO_VERSION").unwrap_or_else(|_| "unknown".to_string()),

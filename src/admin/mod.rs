@@ -1,0 +1,1 @@
+//! HTTP endpoints: readiness, metrics, administration.

@@ -1,0 +1,1 @@
+//! Protocol: resources of the control plane.
