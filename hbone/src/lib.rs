@@ -1,9 +1,33 @@
 //! HBONE: TCP flows carried in HTTP/2 CONNECT streams over mutual TLS.
 
+mod client;
 mod counters;
+mod error;
 mod headers;
+mod http2;
 mod identity;
+mod pool;
+mod server;
+mod spiffe_san;
+mod stream;
+#[cfg(test)]
+mod testing;
+mod tls;
+#[cfg(test)]
+mod tunnel_tests;
+mod verify;
 
+pub use client::{ConnectHeaders, Dialer, Tunnelled};
 pub use counters::Counters;
+pub use error::{AcceptError, OpenError, StreamError};
 pub use headers::{Authority, AuthorityError, Baggage};
+pub use http2::Http2Config;
 pub use identity::{Identity, IdentityError};
+pub use pool::{Pool, PoolKey};
+pub use server::{Incoming, IncomingHeaders, ServerTunnel, accept, canonical};
+pub use spiffe_san::identities;
+pub use stream::{CarryError, Stream};
+pub use tls::{TlsError, TlsIdentity, TlsOptions, provider};
+
+/// A boxed future that stays on its thread.
+pub type LocalBoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + 'a>>;

@@ -1,0 +1,79 @@
+//! Why a stream could not be opened or a tunnel not be accepted.
+
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use http::StatusCode;
+use thiserror::Error;
+
+/// Why a stream could not be opened; cheap to clone, for everyone who waited for the same tunnel.
+#[derive(Clone, Debug, Error)]
+pub enum OpenError {
+    #[error("io error: {0}")]
+    Io(Rc<io::Error>),
+    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}")]
+    ConnectTimeout(Rc<io::Error>),
+    #[error("tls error: {0}")]
+    Tls(String),
+    #[error("identity error: {0}")]
+    Identity(Rc<dyn std::error::Error + Send + Sync>),
+    #[error("http2 handshake failed: {0}")]
+    Http2(String),
+    #[error("h2 failed: {0}")]
+    H2(Rc<h2::Error>),
+    #[error("http status: {0}")]
+    Status(StatusCode),
+    #[error("io error: the peer did not answer the CONNECT within {0:?}")]
+    AnswerTimeout(Duration),
+    #[error("pool draining")]
+    Draining,
+}
+
+impl OpenError {
+    /// The response flag for metrics.
+    pub fn flag(&self) -> &'static str {
+        match self {
+            Self::ConnectTimeout(_) => "NETWORK_POLICY",
+            Self::Tls(_) => "TLS_FAILURE",
+            Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Http2(_) | Self::H2(_) => "H2_HANDSHAKE_FAILURE",
+            Self::Io(_) | Self::Status(_) | Self::AnswerTimeout(_) | Self::Draining => "CONNECT",
+        }
+    }
+
+    pub(crate) fn from_io(error: io::Error) -> Self {
+        Self::Io(Rc::new(error))
+    }
+
+    pub(crate) fn from_dial(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::TimedOut => Self::ConnectTimeout(Rc::new(error)),
+            _ => Self::from_io(error),
+        }
+    }
+
+    pub(crate) fn from_h2(error: h2::Error) -> Self {
+        Self::H2(Rc::new(error))
+    }
+}
+
+/// Why a connection did not become a tunnel.
+#[derive(Debug, Error)]
+pub enum AcceptError {
+    #[error("tls handshake error: {0}")]
+    Tls(io::Error),
+    #[error("tls handshake error: timed out after {0:?}")]
+    TlsTimeout(Duration),
+    #[error("h2 failed: {0}")]
+    Http2(h2::Error),
+    #[error("h2 failed: no HTTP/2 preface within {0:?}")]
+    Http2Timeout(Duration),
+    #[error("tls handshake error: peer did not negotiate HTTP/2")]
+    NoAlpn,
+}
+
+/// Why a stream could not be accepted.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct StreamError(pub(crate) h2::Error);

@@ -1,0 +1,273 @@
+//! The tunnels that a pod's flows share on one worker.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+
+use crate::client::{ConnectHeaders, Dialer, Tunnel, Tunnelled};
+use crate::error::OpenError;
+use crate::http2::Http2Config;
+use crate::{Identity, TlsIdentity};
+
+/// How often a stream is tried on another tunnel when its tunnel turns out to be on its way out.
+const ATTEMPTS: usize = 4;
+
+/// How many dials a stream waits for; each gives room to many, unless the peer allows no streams at all.
+const DIALS: usize = 256;
+
+/// Flows with the same key may share a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PoolKey {
+    pub src: Identity,
+    /// Any one of these must be proven by the peer.
+    pub expected: Vec<Identity>,
+    pub dst: SocketAddr,
+    pub src_ip: IpAddr,
+}
+
+/// The tunnels of one pod on one worker; cheap to clone, not shared between threads.
+#[derive(Clone)]
+pub struct Pool(Rc<Inner>);
+
+struct Inner {
+    config: Rc<Http2Config>,
+    dialer: Rc<dyn Dialer>,
+    entries: RefCell<HashMap<PoolKey, Entry>>,
+    closed: Cell<bool>,
+    sweeping: Cell<bool>,
+}
+
+#[derive(Default)]
+struct Entry {
+    tunnels: Vec<Rc<Tunnel>>,
+    dial: Option<Rc<Dial>>,
+}
+
+/// A dial under way and, once over, how it went; every flow that waits for it sees the same.
+#[derive(Default)]
+struct Dial {
+    result: RefCell<Option<Result<(), OpenError>>>,
+    over: Notify,
+}
+
+impl Dial {
+    async fn wait(&self) -> Result<(), OpenError> {
+        loop {
+            let over = self.over.notified();
+            tokio::pin!(over);
+            // Enabled before the look, so that an end in between is not missed.
+            over.as_mut().enable();
+            if let Some(result) = self.result.borrow().clone() {
+                return result;
+            }
+            over.await;
+        }
+    }
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(config: Rc<Http2Config>, dialer: Rc<dyn Dialer>) -> Self {
+        Self(Rc::new(Inner {
+            config,
+            dialer,
+            entries: RefCell::default(),
+            closed: Cell::new(false),
+            sweeping: Cell::new(false),
+        }))
+    }
+
+    /// The HTTP/2 parameters.
+    pub fn config(&self) -> &Rc<Http2Config> {
+        &self.0.config
+    }
+
+    /// Opens a stream on a tunnel that fits the key, dialling one if there is none with room.
+    ///
+    /// `tls` gives the certificate of `key.src`; it is only asked when a tunnel is dialled. Several flows may wait
+    /// for one dial; if it fails, they all see why.
+    ///
+    /// # Errors
+    /// When no tunnel could be made, or the peer refused or did not answer.
+    pub async fn open<F>(
+        &self,
+        key: &PoolKey,
+        tls: impl Fn() -> F,
+        headers: &ConnectHeaders,
+    ) -> Result<Tunnelled, OpenError>
+    where
+        F: Future<Output = Result<Arc<TlsIdentity>, Box<dyn std::error::Error + Send + Sync>>>
+            + 'static,
+    {
+        let mut attempts = 0;
+        let mut dials = 0;
+        loop {
+            if self.0.closed.get() {
+                return Err(OpenError::Draining);
+            }
+            let Some(tunnel) = self.0.pick(key) else {
+                if dials == DIALS {
+                    return Err(OpenError::Http2("the peer allows no streams".to_string()));
+                }
+                dials += 1;
+                self.0.dial(key, &tls).wait().await?;
+                continue;
+            };
+            match tunnel.open(headers, &self.0.config).await {
+                Ok(tunnelled) => return Ok(tunnelled),
+                Err(Some(error)) => return Err(error),
+                Err(None) => {
+                    attempts += 1;
+                    if attempts == ATTEMPTS {
+                        return Err(OpenError::Http2(
+                            "every tunnel to the peer ended before it was used".to_string(),
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
+    /// How many tunnels there are.
+    pub fn tunnels(&self) -> usize {
+        self.0
+            .entries
+            .borrow()
+            .values()
+            .map(|entry| entry.tunnels.len())
+            .sum()
+    }
+
+    /// Opens nothing any more; open streams go on until `close`.
+    pub fn drain(&self) {
+        self.0.closed.set(true);
+        for entry in std::mem::take(&mut *self.0.entries.borrow_mut()).into_values() {
+            for tunnel in entry.tunnels {
+                tunnel.retire();
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn pick(&self, key: &PoolKey) -> Option<Rc<Tunnel>> {
+        let mut entries = self.entries.borrow_mut();
+        let entry = entries.get_mut(key)?;
+        entry.tunnels.retain(|tunnel| !tunnel.is_dead());
+        entry
+            .tunnels
+            .iter()
+            .find(|tunnel| tunnel.has_room())
+            .cloned()
+    }
+
+    /// Joins the dial that is under way for the key, or starts one.
+    fn dial<F>(self: &Rc<Self>, key: &PoolKey, tls: impl Fn() -> F) -> Rc<Dial>
+    where
+        F: Future<Output = Result<Arc<TlsIdentity>, Box<dyn std::error::Error + Send + Sync>>>
+            + 'static,
+    {
+        let mut entries = self.entries.borrow_mut();
+        let entry = entries.entry(key.clone()).or_default();
+        if let Some(dial) = &entry.dial {
+            return dial.clone();
+        }
+        let dial = Rc::new(Dial::default());
+        entry.dial = Some(dial.clone());
+        // A task of its own: the flow that began the dial may end before the others that wait for it.
+        let (inner, key, under_way) = (self.clone(), key.clone(), dial.clone());
+        let tls = tls();
+        tokio::task::spawn_local(async move {
+            let result = inner.connect(&key, tls).await;
+            inner.settle(&key, result, &under_way);
+        });
+        dial
+    }
+
+    async fn connect(
+        &self,
+        key: &PoolKey,
+        tls: impl Future<Output = Result<Arc<TlsIdentity>, Box<dyn std::error::Error + Send + Sync>>>,
+    ) -> Result<Rc<Tunnel>, OpenError> {
+        let tls = tls
+            .await
+            .map_err(|error| OpenError::Identity(error.into()))?;
+        Tunnel::connect(&*self.dialer, key.dst, &tls, &key.expected, &self.config).await
+    }
+
+    fn settle(self: &Rc<Self>, key: &PoolKey, result: Result<Rc<Tunnel>, OpenError>, dial: &Dial) {
+        let result = match result {
+            Ok(tunnel) if self.closed.get() => {
+                tunnel.retire();
+                Err(OpenError::Draining)
+            }
+            Ok(tunnel) => {
+                let mut entries = self.entries.borrow_mut();
+                let entry = entries.entry(key.clone()).or_default();
+                entry.tunnels.push(tunnel);
+                entry.dial = None;
+                self.sweep_later();
+                Ok(())
+            }
+            Err(error) => {
+                let mut entries = self.entries.borrow_mut();
+                if let Some(entry) = entries.get_mut(key) {
+                    entry.dial = None;
+                    if entry.tunnels.is_empty() {
+                        entries.remove(key);
+                    }
+                }
+                Err(error)
+            }
+        };
+        *dial.result.borrow_mut() = Some(result);
+        dial.over.notify_waiters();
+    }
+
+    /// Starts the task that lets go of unused tunnels, unless it runs.
+    fn sweep_later(self: &Rc<Self>) {
+        if !self.sweeping.replace(true) {
+            tokio::task::spawn_local(sweep(Rc::downgrade(self), self.config.unused_release));
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        for entry in self.entries.get_mut().values() {
+            for tunnel in &entry.tunnels {
+                tunnel.stop();
+            }
+        }
+    }
+}
+
+/// Lets go of tunnels that took no stream for `unused`; ends when there are none left.
+async fn sweep(inner: Weak<Inner>, unused: std::time::Duration) {
+    loop {
+        tokio::time::sleep(unused / 4 + std::time::Duration::from_millis(1)).await;
+        let Some(inner) = inner.upgrade() else { return };
+        let now = Instant::now();
+        let mut entries = inner.entries.borrow_mut();
+        entries.retain(|_, entry| {
+            entry.tunnels.retain(|tunnel| {
+                let keep = !tunnel.is_dead() && now.duration_since(tunnel.last_used()) < unused;
+                if !keep {
+                    tunnel.retire();
+                }
+                keep
+            });
+            entry.dial.is_some() || !entry.tunnels.is_empty()
+        });
+        if entries.is_empty() {
+            inner.sweeping.set(false);
+            return;
+        }
+    }
+}
