@@ -1,7 +1,14 @@
 //! The mesh as the control plane describes it: pure data and lookups, no I/O.
 
+pub mod endpoints;
 pub mod service;
+pub mod snapshot;
+pub mod store;
+#[cfg(test)]
+pub mod testing;
 pub mod workload;
 
 pub use service::{Endpoint, Service};
+pub use snapshot::Mesh;
+pub use store::Store;
 pub use workload::{NamespacedHostname, NetworkAddress, Workload};
