@@ -6,6 +6,7 @@ pub mod snapshot;
 pub mod store;
 #[cfg(test)]
 pub mod testing;
+pub mod verdict;
 pub mod workload;
 
 pub use service::{Endpoint, Service};

@@ -1,5 +1,7 @@
 //! L4 authorization: the model of the policies and their evaluation.
 
+pub mod evaluate;
 pub mod model;
 
+pub use evaluate::{Context, Verdict};
 pub use model::Policy;

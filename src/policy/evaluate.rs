@@ -1,0 +1,541 @@
+//! What the policies say of one flow.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use hbone::Identity;
+use ipnet::IpNet;
+
+use super::model::{Action, Match, Policy, ServiceAccount, StringMatch};
+
+/// Who wants to reach what.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// What the peer proved; none for plaintext.
+    pub identity: Option<&'a Identity>,
+    pub src: SocketAddr,
+    pub dst: SocketAddr,
+}
+
+/// The place in a policy that decided; counted from zero.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decider {
+    /// `namespace/name`.
+    pub policy: String,
+    pub rule: usize,
+}
+
+/// Whether a flow may pass, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// No ALLOW policy is there to restrict it.
+    Unrestricted,
+    Allowed(Decider),
+    Denied(Decider),
+    /// There are ALLOW policies, but none matches.
+    NotAllowed,
+    /// A policy that the workload names has not arrived.
+    Missing(String),
+    /// The first set of policies has not arrived.
+    NotSynced,
+}
+
+impl Verdict {
+    /// Whether the flow may pass.
+    pub fn is_allowed(&self) -> bool {
+        matches!(self, Self::Unrestricted | Self::Allowed(_))
+    }
+
+    /// Why it may not pass.
+    pub fn refusal(&self) -> Option<String> {
+        match self {
+            Self::Unrestricted | Self::Allowed(_) => None,
+            Self::Denied(decider) => Some(format!("explicitly denied by: {}", decider.policy)),
+            Self::NotAllowed => Some("allow policies exist, but none allowed".to_string()),
+            Self::Missing(key) => Some(format!(
+                "policy {key} has not arrived from the control plane yet"
+            )),
+            Self::NotSynced => {
+                Some("policies have not arrived from the control plane yet".to_string())
+            }
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unrestricted => f.write_str("allowed: no allow policies"),
+            Self::Allowed(decider) => {
+                write!(f, "allowed by {} rule {}", decider.policy, decider.rule)
+            }
+            _ => f.write_str(&self.refusal().unwrap_or_default()),
+        }
+    }
+}
+
+/// Judges a flow by the policies that apply to its destination, in any order.
+pub fn evaluate(policies: &[&Arc<Policy>], context: &Context<'_>) -> Verdict {
+    let of = |action: Action, dry_run: bool| {
+        policies
+            .iter()
+            .filter(move |policy| policy.action == action && policy.dry_run == dry_run)
+    };
+    for policy in of(Action::Deny, true) {
+        if matching_rule(policy, context).is_some() {
+            tracing::debug!(policy = %name(policy), "dry-run: deny policy match");
+        }
+    }
+    for policy in of(Action::Deny, false) {
+        if let Some(rule) = matching_rule(policy, context) {
+            return Verdict::Denied(Decider {
+                policy: name(policy),
+                rule,
+            });
+        }
+    }
+    let restricted = of(Action::Allow, false).next().is_some();
+    let mut dry_run_matched = None;
+    for policy in of(Action::Allow, true) {
+        let matched = matching_rule(policy, context).is_some();
+        if matched {
+            tracing::debug!(policy = %name(policy), "dry-run: allow policy match");
+        }
+        dry_run_matched = Some(dry_run_matched.unwrap_or(false) || matched);
+    }
+    if !restricted {
+        if dry_run_matched == Some(false) {
+            tracing::debug!("dry-run: no allow policies match");
+        }
+        return Verdict::Unrestricted;
+    }
+    for policy in of(Action::Allow, false) {
+        if let Some(rule) = matching_rule(policy, context) {
+            return Verdict::Allowed(Decider {
+                policy: name(policy),
+                rule,
+            });
+        }
+    }
+    Verdict::NotAllowed
+}
+
+fn name(policy: &Policy) -> String {
+    format!("{}/{}", policy.namespace, policy.name)
+}
+
+/// The first rule that matches: every clause of it, and of each clause one match.
+fn matching_rule(policy: &Policy, context: &Context<'_>) -> Option<usize> {
+    policy.rules.iter().position(|rule| {
+        rule.iter().all(|clause| {
+            clause.is_empty()
+                || clause
+                    .iter()
+                    .any(|part| holds(part, policy.action, context))
+        })
+    })
+}
+
+fn holds(part: &Match, action: Action, context: &Context<'_>) -> bool {
+    if part.unreadable && action == Action::Allow {
+        return false;
+    }
+    // A match that demands nothing holds never, unless what it demanded could not be read and it denies.
+    if is_empty(part) {
+        return part.unreadable;
+    }
+    let namespace = context.identity.map_or("", Identity::namespace);
+    let principal = context.identity.map(Identity::principal);
+    let text = |wanted: &StringMatch| text_matches(wanted, namespace);
+    let who =
+        |wanted: &StringMatch| principal.is_some_and(|principal| text_matches(wanted, principal));
+    let account = |wanted: &ServiceAccount| {
+        context.identity.is_some_and(|identity| {
+            identity.namespace() == &*wanted.namespace
+                && identity.service_account() == &*wanted.service_account
+        })
+    };
+    let (src, dst) = (
+        context.src.ip().to_canonical(),
+        context.dst.ip().to_canonical(),
+    );
+    let from = |net: &IpNet| contains(net, src);
+    let to = |net: &IpNet| contains(net, dst);
+    let port = |port: &u16| *port == context.dst.port();
+    pair(&part.namespaces, &part.not_namespaces, text)
+        && pair(&part.service_accounts, &part.not_service_accounts, account)
+        && pair(&part.principals, &part.not_principals, who)
+        && pair(&part.source_ips, &part.not_source_ips, from)
+        && pair(&part.destination_ips, &part.not_destination_ips, to)
+        && pair(&part.destination_ports, &part.not_destination_ports, port)
+}
+
+fn pair<T>(wanted: &[T], unwanted: &[T], holds: impl Fn(&T) -> bool) -> bool {
+    (wanted.is_empty() || wanted.iter().any(&holds)) && !unwanted.iter().any(&holds)
+}
+
+fn is_empty(part: &Match) -> bool {
+    let blank = Match {
+        unreadable: part.unreadable,
+        ..Match::default()
+    };
+    *part == blank
+}
+
+fn text_matches(wanted: &StringMatch, text: &str) -> bool {
+    match wanted {
+        StringMatch::Exact(exact) => text == &**exact,
+        StringMatch::Prefix(prefix) => text.starts_with(&**prefix),
+        StringMatch::Suffix(suffix) => text.ends_with(&**suffix),
+        StringMatch::Presence => !text.is_empty(),
+    }
+}
+
+fn contains(net: &IpNet, ip: IpAddr) -> bool {
+    net.contains(&ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::model::Scope;
+
+    fn exact(text: &str) -> StringMatch {
+        StringMatch::Exact(text.into())
+    }
+
+    fn prefix(text: &str) -> StringMatch {
+        StringMatch::Prefix(text.into())
+    }
+
+    fn suffix(text: &str) -> StringMatch {
+        StringMatch::Suffix(text.into())
+    }
+
+    fn policy(action: Action, rules: Vec<Vec<Vec<Match>>>) -> Arc<Policy> {
+        Arc::new(Policy {
+            key: "ns/p".into(),
+            name: "p".into(),
+            namespace: "ns".into(),
+            scope: Scope::Namespace,
+            action,
+            rules,
+            dry_run: false,
+        })
+    }
+
+    fn judge(policies: &[Arc<Policy>], identity: Option<&Identity>) -> Verdict {
+        let context = Context {
+            identity,
+            src: "10.0.0.7:5555".parse().unwrap(),
+            dst: "[::ffff:10.0.0.9]:8080".parse().unwrap(),
+        };
+        evaluate(&policies.iter().collect::<Vec<_>>(), &context)
+    }
+
+    fn nets(text: &str) -> Vec<IpNet> {
+        vec![text.parse().unwrap()]
+    }
+
+    #[test]
+    fn every_kind_of_match_holds_as_its_list_says() {
+        let curl = Identity::new("td", "default", "curl");
+        let account = |ns: &str, sa: &str| {
+            vec![ServiceAccount {
+                namespace: ns.into(),
+                service_account: sa.into(),
+            }]
+        };
+        let blank = Match::default;
+        // match, holds with an identity, holds for plaintext
+        let cases = [
+            (
+                Match {
+                    namespaces: vec![exact("default")],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    namespaces: vec![exact("other"), prefix("def")],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    namespaces: vec![prefix("")],
+                    ..blank()
+                },
+                true,
+                true,
+            ),
+            (
+                Match {
+                    namespaces: vec![StringMatch::Presence],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    not_namespaces: vec![exact("default")],
+                    ..blank()
+                },
+                false,
+                true,
+            ),
+            (
+                Match {
+                    principals: vec![exact("td/ns/default/sa/curl")],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    principals: vec![exact("spiffe://td/ns/default/sa/curl")],
+                    ..blank()
+                },
+                false,
+                false,
+            ),
+            (
+                Match {
+                    principals: vec![suffix("/sa/curl")],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    principals: vec![StringMatch::Presence],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    principals: vec![prefix("")],
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    not_principals: vec![StringMatch::Presence],
+                    ..blank()
+                },
+                false,
+                true,
+            ),
+            (
+                Match {
+                    service_accounts: account("default", "curl"),
+                    ..blank()
+                },
+                true,
+                false,
+            ),
+            (
+                Match {
+                    service_accounts: account("other", "curl"),
+                    ..blank()
+                },
+                false,
+                false,
+            ),
+            (
+                Match {
+                    not_service_accounts: account("default", "curl"),
+                    ..blank()
+                },
+                false,
+                true,
+            ),
+            (
+                Match {
+                    source_ips: nets("10.0.0.0/24"),
+                    ..blank()
+                },
+                true,
+                true,
+            ),
+            (
+                Match {
+                    source_ips: nets("10.0.1.0/24"),
+                    ..blank()
+                },
+                false,
+                false,
+            ),
+            (
+                Match {
+                    not_source_ips: nets("10.0.0.7/32"),
+                    ..blank()
+                },
+                false,
+                false,
+            ),
+            (
+                Match {
+                    destination_ips: nets("10.0.0.9/32"),
+                    ..blank()
+                },
+                true,
+                true,
+            ),
+            (
+                Match {
+                    not_destination_ips: nets("fd00::/8"),
+                    ..blank()
+                },
+                true,
+                true,
+            ),
+            (
+                Match {
+                    destination_ports: vec![80, 8080],
+                    ..blank()
+                },
+                true,
+                true,
+            ),
+            (
+                Match {
+                    not_destination_ports: vec![8080],
+                    ..blank()
+                },
+                false,
+                false,
+            ),
+            (
+                Match {
+                    namespaces: vec![exact("default")],
+                    destination_ports: vec![81],
+                    ..blank()
+                },
+                false,
+                false,
+            ),
+            (blank(), false, false),
+        ];
+        for (part, with_identity, plaintext) in cases {
+            let policies = [policy(Action::Allow, vec![vec![vec![part.clone()]]])];
+            assert_eq!(
+                judge(&policies, Some(&curl)).is_allowed(),
+                with_identity,
+                "{part:?}"
+            );
+            assert_eq!(
+                judge(&policies, None).is_allowed(),
+                plaintext,
+                "plaintext: {part:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn empty_rules_clauses_and_matches_mean_what_they_should() {
+        let never: [Vec<Vec<Vec<Match>>>; 2] = [vec![], vec![vec![vec![Match::default()]]]];
+        let always: [Vec<Vec<Vec<Match>>>; 2] = [vec![vec![]], vec![vec![vec![]]]];
+        for rules in never {
+            assert_eq!(
+                judge(&[policy(Action::Deny, rules)], None),
+                Verdict::Unrestricted
+            );
+        }
+        for rules in always {
+            let denied = judge(&[policy(Action::Deny, rules)], None);
+            assert_eq!(
+                denied.refusal().as_deref(),
+                Some("explicitly denied by: ns/p")
+            );
+        }
+    }
+
+    #[test]
+    fn all_clauses_and_one_match_of_each_must_hold() {
+        let port = |port| Match {
+            destination_ports: vec![port],
+            ..Match::default()
+        };
+        let from = |net| Match {
+            source_ips: nets(net),
+            ..Match::default()
+        };
+        let allowed = |rules| judge(&[policy(Action::Allow, rules)], None).is_allowed();
+        assert!(allowed(vec![vec![
+            vec![port(1), port(8080)],
+            vec![from("10.0.0.0/8")]
+        ]]));
+        assert!(!allowed(vec![vec![
+            vec![port(8080)],
+            vec![from("11.0.0.0/8")]
+        ]]));
+        assert!(allowed(vec![vec![vec![port(1)]], vec![vec![port(8080)]]]));
+    }
+
+    #[test]
+    fn denials_win_and_allow_policies_restrict() {
+        let everyone = || vec![vec![]];
+        let nobody = Vec::new;
+        let (allow, deny) = (
+            policy(Action::Allow, everyone()),
+            policy(Action::Deny, everyone()),
+        );
+        assert_eq!(judge(&[], None), Verdict::Unrestricted);
+        assert!(!judge(&[allow.clone(), deny], None).is_allowed());
+        assert!(judge(&[allow.clone(), policy(Action::Deny, nobody())], None).is_allowed());
+        let refused = judge(&[policy(Action::Allow, nobody())], None);
+        assert_eq!(
+            refused.refusal().as_deref(),
+            Some("allow policies exist, but none allowed")
+        );
+        assert!(judge(&[policy(Action::Allow, nobody()), allow], None).is_allowed());
+    }
+
+    #[test]
+    fn a_dry_run_decides_nothing() {
+        let dry = |action, rules| {
+            Arc::new(Policy {
+                dry_run: true,
+                ..(*policy(action, rules)).clone()
+            })
+        };
+        assert_eq!(
+            judge(&[dry(Action::Deny, vec![vec![]])], None),
+            Verdict::Unrestricted
+        );
+        assert_eq!(
+            judge(&[dry(Action::Allow, vec![])], None),
+            Verdict::Unrestricted
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_narrows_an_allow_and_widens_a_deny() {
+        let part = |ports: &[u16]| Match {
+            destination_ports: ports.to_vec(),
+            unreadable: true,
+            ..Match::default()
+        };
+        let judged = |action, ports: &[u16]| {
+            judge(&[policy(action, vec![vec![vec![part(ports)]]])], None).is_allowed()
+        };
+        assert!(!judged(Action::Allow, &[]));
+        assert!(!judged(Action::Allow, &[8080]));
+        assert!(!judged(Action::Deny, &[]));
+        assert!(!judged(Action::Deny, &[8080]));
+        assert!(judged(Action::Deny, &[1]));
+    }
+}
