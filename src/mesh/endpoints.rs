@@ -9,6 +9,8 @@ use super::service::Endpoint;
 pub struct Endpoints {
     list: imbl::Vector<Endpoint>,
     positions: imbl::HashMap<Arc<str>, usize>,
+    /// No endpoint ever weighed more.
+    heaviest: u32,
 }
 
 impl Endpoints {
@@ -20,6 +22,11 @@ impl Endpoints {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
+    }
+
+    /// A weight that no endpoint exceeds.
+    pub fn heaviest(&self) -> u32 {
+        self.heaviest
     }
 
     /// The endpoint at a position below `len`, in no particular order.
@@ -39,6 +46,7 @@ impl Endpoints {
 
     /// Adds an endpoint or replaces its workload's former one.
     pub fn insert(&mut self, endpoint: Endpoint) {
+        self.heaviest = self.heaviest.max(endpoint.capacity);
         match self.positions.get(&endpoint.workload_uid) {
             Some(position) => {
                 self.list.set(*position, endpoint);
@@ -77,6 +85,7 @@ mod tests {
             workload_uid: uid.into(),
             ports: Default::default(),
             status: HealthStatus::Healthy,
+            capacity: 1,
         };
         let mut endpoints = Endpoints::default();
         for uid in ["a", "b", "c", "d", "b"] {

@@ -1,6 +1,9 @@
 //! The mesh as the control plane describes it: pure data and lookups, no I/O.
 
+pub mod balance;
 pub mod endpoints;
+pub mod inbound;
+pub mod route;
 pub mod service;
 pub mod snapshot;
 pub mod store;

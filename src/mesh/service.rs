@@ -110,4 +110,6 @@ pub struct Endpoint {
     pub workload_uid: Arc<str>,
     pub ports: Ports,
     pub status: HealthStatus,
+    /// Its weight among the service's endpoints.
+    pub capacity: u32,
 }

@@ -170,6 +170,7 @@ impl Store {
                 workload_uid: uid.clone(),
                 ports: ports.clone(),
                 status: workload.status,
+                capacity: workload.capacity,
             };
             match self.mesh.services.get_mut(service) {
                 Some(entry) => entry.endpoints.insert(endpoint),

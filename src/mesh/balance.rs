@@ -1,0 +1,311 @@
+//! Which endpoint of a service takes a flow.
+
+use std::sync::Arc;
+
+use super::service::{BalanceMode, Endpoint, HealthPolicy, LoadBalancer, Scope};
+use super::snapshot::{Mesh, ServiceEntry};
+use super::workload::{HealthStatus, Workload};
+
+/// How often a random endpoint is tried before all are looked at.
+const DRAWS: usize = 32;
+
+/// What an endpoint must be able to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Serve a port of the service.
+    Serve,
+    /// Be a waypoint, whose service need not name the port.
+    Waypoint,
+}
+
+/// Gives a number below its argument.
+pub type Random<'a> = &'a mut dyn FnMut(u64) -> u64;
+
+/// Picks an endpoint for a client's flow to a port of the service; none when no endpoint can take it.
+pub fn pick<'a>(
+    mesh: &'a Mesh,
+    entry: &'a ServiceEntry,
+    client: &Workload,
+    port: u16,
+    purpose: Purpose,
+    random: Random<'_>,
+) -> Option<(&'a Endpoint, &'a Arc<Workload>)> {
+    let usable = |endpoint: &'a Endpoint| {
+        let workload = mesh.workload_by_uid(&endpoint.workload_uid)?;
+        is_usable(entry, endpoint, workload, client, port, purpose).then_some((endpoint, workload))
+    };
+    let ranked = entry.service.load_balancer.as_ref().filter(|balancer| {
+        matches!(balancer.mode, BalanceMode::Strict | BalanceMode::Failover)
+            && !balancer.routing_preferences.is_empty()
+    });
+    let Some(balancer) = ranked else {
+        return draw(entry, usable, random)
+            .or_else(|| weighted(entry.endpoints.iter().filter_map(usable).collect(), random));
+    };
+    let mut best = 0;
+    let mut candidates = Vec::new();
+    for (endpoint, workload) in entry.endpoints.iter().filter_map(usable) {
+        let rank = rank(balancer, client, workload);
+        if balancer.mode == BalanceMode::Strict && !rank.complete {
+            continue;
+        }
+        if rank.score > best {
+            best = rank.score;
+            candidates.clear();
+        }
+        if rank.score == best {
+            candidates.push((endpoint, workload));
+        }
+    }
+    weighted(candidates, random)
+}
+
+fn is_usable(
+    entry: &ServiceEntry,
+    endpoint: &Endpoint,
+    workload: &Workload,
+    client: &Workload,
+    port: u16,
+    purpose: Purpose,
+) -> bool {
+    let balancer = entry.service.load_balancer.as_ref();
+    let any_health =
+        balancer.is_some_and(|balancer| balancer.health_policy == HealthPolicy::AllowAll);
+    if !any_health && endpoint.status == HealthStatus::Unhealthy {
+        return false;
+    }
+    if workload.addresses.is_empty()
+        && workload.hostname.is_empty()
+        && (workload.network == client.network || workload.network_gateway.is_none())
+    {
+        return false;
+    }
+    match (entry.service.ports.get(&port), purpose) {
+        (Some(0), Purpose::Serve) => endpoint.ports.contains_key(&port),
+        (Some(_), _) => true,
+        (None, Purpose::Serve) => false,
+        (None, Purpose::Waypoint) => workload.application_tunnel.is_some(),
+    }
+}
+
+/// Draws until an endpoint is usable, in proportion to the weights, without looking at all of them.
+fn draw<'a, T>(
+    entry: &'a ServiceEntry,
+    usable: impl Fn(&'a Endpoint) -> Option<T>,
+    random: Random<'_>,
+) -> Option<T> {
+    let (count, heaviest) = (entry.endpoints.len(), entry.endpoints.heaviest());
+    if count == 0 || heaviest == 0 {
+        return None;
+    }
+    (0..DRAWS).find_map(|_| {
+        let endpoint = entry.endpoints.at(random(count as u64) as usize)?;
+        let kept = heaviest == 1 && endpoint.capacity == 1
+            || random(heaviest.into()) < endpoint.capacity.into();
+        kept.then(|| usable(endpoint)).flatten()
+    })
+}
+
+fn weighted<'a>(
+    candidates: Vec<(&'a Endpoint, &'a Arc<Workload>)>,
+    random: Random<'_>,
+) -> Option<(&'a Endpoint, &'a Arc<Workload>)> {
+    let total: u64 = candidates
+        .iter()
+        .map(|(endpoint, _)| u64::from(endpoint.capacity))
+        .sum();
+    if total == 0 {
+        return None;
+    }
+    let mut left = random(total);
+    candidates.into_iter().find(|(endpoint, _)| {
+        let weight = u64::from(endpoint.capacity);
+        let chosen = left < weight;
+        left = left.saturating_sub(weight);
+        chosen
+    })
+}
+
+struct Rank {
+    score: usize,
+    /// Whether every preference matched.
+    complete: bool,
+}
+
+/// Each preference that matches counts one, up to the first that does not. With the network first, sharing it counts
+/// more than all others together, and not sharing it does not end the count.
+fn rank(balancer: &LoadBalancer, client: &Workload, workload: &Workload) -> Rank {
+    let preferences = &balancer.routing_preferences;
+    let mut rank = Rank {
+        score: 0,
+        complete: true,
+    };
+    for (position, scope) in preferences.iter().enumerate() {
+        let network_first = position == 0 && *scope == Scope::Network;
+        if shares(*scope, client, workload) {
+            rank.score += if network_first { preferences.len() } else { 1 };
+        } else {
+            rank.complete = false;
+            if !network_first {
+                break;
+            }
+        }
+    }
+    rank
+}
+
+fn shares(scope: Scope, a: &Workload, b: &Workload) -> bool {
+    match scope {
+        Scope::Network => a.network == b.network,
+        Scope::Region => a.locality.region == b.locality.region,
+        Scope::Zone => a.locality.zone == b.locality.zone,
+        Scope::Subzone => a.locality.subzone == b.locality.subzone,
+        Scope::Node => a.node == b.node,
+        Scope::Cluster => a.cluster_id == b.cluster_id,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::service::Service;
+    use crate::mesh::store::AddressResource as Resource;
+    use crate::mesh::testing::{key, mesh, pod, service, serving};
+
+    /// Picks many times with evenly spread randomness; gives how often each pod was picked.
+    fn picks(service: Service, pods: Vec<Workload>, port: u16) -> Vec<(String, usize)> {
+        let client = pod("a", "client", "10.0.0.1");
+        let pods = pods
+            .into_iter()
+            .map(|pod| Resource::Workload(serving(pod, &service)));
+        let mesh = mesh(pods.chain([Resource::Service(service.clone())]).collect());
+        let entry = mesh
+            .service_entry(&key(&service.namespace, &service.name))
+            .unwrap();
+        let mut state = 1u64;
+        let mut random = |bound: u64| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (state >> 33) % bound
+        };
+        let mut counts = std::collections::BTreeMap::new();
+        for _ in 0..1000 {
+            if let Some((_, workload)) =
+                pick(&mesh, entry, &client, port, Purpose::Serve, &mut random)
+            {
+                *counts.entry(workload.name.to_string()).or_default() += 1;
+            }
+        }
+        counts.into_iter().collect()
+    }
+
+    fn names(picks: Vec<(String, usize)>) -> Vec<String> {
+        picks.into_iter().map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn endpoints_share_by_capacity() {
+        let mut heavy = pod("b", "heavy", "10.0.0.2");
+        heavy.capacity = 3;
+        let picked = picks(
+            service("b", "web", "10.96.0.1"),
+            vec![heavy, pod("b", "light", "10.0.0.3")],
+            80,
+        );
+        let heavy = picked[0].1;
+        assert!((700..800).contains(&heavy), "{picked:?}");
+        let mut none = pod("b", "none", "10.0.0.2");
+        none.capacity = 0;
+        assert!(picks(service("b", "web", "10.96.0.1"), vec![none], 80).is_empty());
+    }
+
+    #[test]
+    fn only_endpoints_that_can_serve_are_picked() {
+        let web = || service("b", "web", "10.96.0.1");
+        let sick = || {
+            let mut workload = pod("b", "sick", "10.0.0.2");
+            workload.status = HealthStatus::Unhealthy;
+            workload
+        };
+        let well = || pod("b", "well", "10.0.0.3");
+        assert_eq!(names(picks(web(), vec![sick(), well()], 80)), ["well"]);
+        assert!(picks(web(), vec![well()], 81).is_empty());
+        let mut patient = web();
+        patient.load_balancer = Some(LoadBalancer {
+            routing_preferences: vec![],
+            mode: BalanceMode::Standard,
+            health_policy: HealthPolicy::AllowAll,
+        });
+        assert_eq!(
+            names(picks(patient, vec![sick(), well()], 80)),
+            ["sick", "well"]
+        );
+        let mut unreachable = well();
+        unreachable.addresses.clear();
+        assert!(picks(web(), vec![unreachable], 80).is_empty());
+    }
+
+    #[test]
+    fn near_endpoints_come_first_and_strict_takes_no_others() {
+        let placed = |name: &str, network: &str, node: &str| {
+            let mut workload = pod("b", name, "10.0.0.2");
+            (workload.network, workload.node) = (network.into(), node.into());
+            workload
+        };
+        let near = || placed("near", "", "n1");
+        let same_network = || placed("same-network", "", "n2");
+        let far = || placed("far", "other", "n1");
+        let with = |mode, preferences: &[Scope]| {
+            let mut web = service("b", "web", "10.96.0.1");
+            web.load_balancer = Some(LoadBalancer {
+                routing_preferences: preferences.to_vec(),
+                mode,
+                health_policy: HealthPolicy::OnlyHealthy,
+            });
+            web
+        };
+        use BalanceMode::{Failover, Strict};
+        use Scope::{Network, Node};
+        let cases = [
+            (
+                Failover,
+                &[Node][..],
+                vec![near(), same_network()],
+                vec!["near"],
+            ),
+            (
+                Failover,
+                &[Node],
+                vec![same_network()],
+                vec!["same-network"],
+            ),
+            (Strict, &[Node], vec![same_network()], vec![]),
+            (
+                Failover,
+                &[Network, Node],
+                vec![same_network(), far()],
+                vec!["same-network"],
+            ),
+            (
+                Failover,
+                &[Network, Node],
+                vec![far(), placed("farther", "other", "n2")],
+                vec!["far"],
+            ),
+            (
+                Strict,
+                &[Network, Node],
+                vec![near(), same_network(), far()],
+                vec!["near"],
+            ),
+        ];
+        for (mode, preferences, pods, expected) in cases {
+            assert_eq!(
+                names(picks(with(mode, preferences), pods, 80)),
+                expected,
+                "{mode:?} {preferences:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! The outbound decision: where a captured flow goes, and how.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use hbone::Identity;
+use thiserror::Error;
+
+use super::balance::{Purpose, Random, pick};
+use super::service::{BalanceMode, IpFamilies, Service};
+use super::snapshot::{Mesh, ServiceEntry};
+use super::workload::{GatewayAddress, GatewayDestination, Protocol, Workload};
+use crate::config::HBONE_PORT;
+
+/// How a flow is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteKind {
+    /// In a tunnel to the workload or its waypoint.
+    Hbone,
+    /// As it is, to a workload outside the mesh.
+    Tcp,
+    /// As it is, to an address that the mesh does not know.
+    Passthrough,
+}
+
+/// Where a flow goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub kind: RouteKind,
+    /// What is dialled.
+    pub connect: SocketAddr,
+    /// What the CONNECT asks for; HBONE only.
+    pub authority: Option<String>,
+    /// Any one of these must be proven by the peer; HBONE only.
+    pub expected: Vec<Identity>,
+    /// The workload or waypoint that is dialled.
+    pub workload: Option<Arc<Workload>>,
+    /// The service that was meant.
+    pub service: Option<Arc<Service>>,
+}
+
+/// Why a flow goes nowhere.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RouteError {
+    #[error("no healthy upstream: {0}")]
+    NoHealthyUpstream(SocketAddr),
+    #[error("unknown waypoint: {0}")]
+    UnknownWaypoint(String),
+    #[error("no valid routing destination for workload: Workload{{{0}}}")]
+    NoDestination(String),
+    #[error("no service for target address: {0}")]
+    NoService(SocketAddr),
+    #[error(
+        "workload {workload} is on network {network:?}: reaching other networks is not supported by this version"
+    )]
+    OtherNetwork { workload: String, network: String },
+}
+
+impl RouteError {
+    fn no_destination(workload: &Workload) -> Self {
+        let protocol = match workload.protocol {
+            Protocol::Hbone => "HBONE",
+            Protocol::Tcp => "TCP",
+        };
+        Self::NoDestination(format!(
+            "{} with uid {} ({protocol})",
+            workload.name, workload.uid
+        ))
+    }
+}
+
+/// A workload chosen to take a flow.
+struct Upstream<'a> {
+    workload: &'a Arc<Workload>,
+    port: u16,
+    ip: Option<IpAddr>,
+    service: Option<&'a Arc<Service>>,
+}
+
+impl Upstream<'_> {
+    /// Whom the peer may prove to be: the workload itself, or what its service names.
+    fn expected(&self) -> Vec<Identity> {
+        let named = self
+            .service
+            .into_iter()
+            .flat_map(|service| &service.subject_alt_names);
+        let mut expected: Vec<Identity> = named.filter_map(|name| name.parse().ok()).collect();
+        if !expected.contains(&self.workload.identity) {
+            expected.push(self.workload.identity.clone());
+        }
+        expected
+    }
+}
+
+/// Decides where the flow of a local workload from `client` to `target` goes.
+///
+/// # Errors
+/// When the mesh knows the target, but nothing there can take the flow.
+pub fn decide(
+    mesh: &Mesh,
+    source: &Workload,
+    client: SocketAddr,
+    target: SocketAddr,
+    random: Random<'_>,
+) -> Result<Route, RouteError> {
+    let (network, namespace) = (&*source.network, Some(&*source.namespace));
+    let addressed = match mesh.workload_by_ip(network, &target.ip()) {
+        Some(_) => None,
+        None => mesh.service_by_vip(network, &target.ip(), namespace),
+    };
+    if let Some(service) = addressed
+        && let Some(waypoint) = service_waypoint(service, random)
+    {
+        return to_waypoint(mesh, source, waypoint, target, Some(service), random);
+    }
+    let Some(upstream) = find(mesh, source, target, random) else {
+        return match addressed {
+            Some(service) if !is_passthrough(service) => Err(RouteError::NoHealthyUpstream(target)),
+            _ => Ok(Route {
+                kind: RouteKind::Passthrough,
+                connect: target,
+                authority: None,
+                expected: Vec::new(),
+                workload: None,
+                service: None,
+            }),
+        };
+    };
+    if upstream.workload.network != source.network {
+        return match addressed {
+            Some(_) => Err(across(upstream.workload)),
+            None => Err(RouteError::NoService(target)),
+        };
+    }
+    if addressed.is_none()
+        && let Some(waypoint) = &upstream.workload.waypoint
+        && !is_waypoint(mesh, source, waypoint, client.ip())
+    {
+        return to_waypoint(mesh, source, waypoint, target, upstream.service, random);
+    }
+    let ip = upstream
+        .ip
+        .ok_or_else(|| RouteError::no_destination(upstream.workload))?;
+    let service = upstream.service.cloned();
+    let workload = Some(upstream.workload.clone());
+    Ok(match upstream.workload.protocol {
+        Protocol::Hbone => Route {
+            kind: RouteKind::Hbone,
+            connect: SocketAddr::new(ip, HBONE_PORT),
+            authority: Some(SocketAddr::new(ip, upstream.port).to_string()),
+            expected: upstream.expected(),
+            workload,
+            service,
+        },
+        Protocol::Tcp => Route {
+            kind: RouteKind::Tcp,
+            connect: SocketAddr::new(ip, upstream.port),
+            authority: None,
+            expected: Vec::new(),
+            workload,
+            service,
+        },
+    })
+}
+
+/// The waypoint that takes a service's flows, by weight if there are several.
+fn service_waypoint<'a>(service: &'a Service, random: Random<'_>) -> Option<&'a GatewayAddress> {
+    let total: u64 = service
+        .weighted_waypoints
+        .iter()
+        .map(|waypoint| u64::from(waypoint.weight))
+        .sum();
+    if total == 0 {
+        return service.waypoint.as_ref();
+    }
+    let mut left = random(total);
+    let chosen = service.weighted_waypoints.iter().find(|waypoint| {
+        let weight = u64::from(waypoint.weight);
+        let chosen = left < weight;
+        left = left.saturating_sub(weight);
+        chosen
+    });
+    chosen.map(|waypoint| &waypoint.destination)
+}
+
+fn to_waypoint(
+    mesh: &Mesh,
+    source: &Workload,
+    waypoint: &GatewayAddress,
+    target: SocketAddr,
+    service: Option<&Arc<Service>>,
+    random: Random<'_>,
+) -> Result<Route, RouteError> {
+    let upstream = resolve(mesh, source, waypoint, target, random)?;
+    if upstream.workload.network != source.network {
+        return Err(across(upstream.workload));
+    }
+    let ip = upstream
+        .ip
+        .ok_or_else(|| RouteError::no_destination(upstream.workload))?;
+    Ok(Route {
+        kind: RouteKind::Hbone,
+        connect: SocketAddr::new(ip, upstream.port),
+        authority: Some(target.to_string()),
+        expected: upstream.expected(),
+        workload: Some(upstream.workload.clone()),
+        service: service.cloned(),
+    })
+}
+
+fn across(workload: &Workload) -> RouteError {
+    if workload.network_gateway.is_none() {
+        return RouteError::no_destination(workload);
+    }
+    RouteError::OtherNetwork {
+        workload: workload.name.to_string(),
+        network: workload.network.to_string(),
+    }
+}
+
+fn is_passthrough(service: &Service) -> bool {
+    service
+        .load_balancer
+        .as_ref()
+        .is_some_and(|balancer| balancer.mode == BalanceMode::Passthrough)
+}
+
+/// Who takes a flow to `target`: an endpoint of the service there, or the workload there.
+fn find<'a>(
+    mesh: &'a Mesh,
+    source: &Workload,
+    target: SocketAddr,
+    random: Random<'_>,
+) -> Option<Upstream<'a>> {
+    let network = &*source.network;
+    if let Some(service) = mesh.service_by_vip(network, &target.ip(), Some(&source.namespace)) {
+        if is_passthrough(service) {
+            return None;
+        }
+        let entry = mesh.service_entry(&service.key())?;
+        return balanced(
+            mesh,
+            entry,
+            source,
+            target.port(),
+            target.ip(),
+            Purpose::Serve,
+            random,
+        );
+    }
+    let workload = mesh.workload_by_ip(network, &target.ip())?;
+    Some(Upstream {
+        workload,
+        port: target.port(),
+        ip: Some(target.ip()),
+        service: None,
+    })
+}
+
+fn balanced<'a>(
+    mesh: &'a Mesh,
+    entry: &'a ServiceEntry,
+    source: &Workload,
+    port: u16,
+    original: IpAddr,
+    purpose: Purpose,
+    random: Random<'_>,
+) -> Option<Upstream<'a>> {
+    let (endpoint, workload) = pick(mesh, entry, source, port, purpose, random)?;
+    let tunnelled = || {
+        workload
+            .application_tunnel
+            .and_then(|tunnel| tunnel.port)
+            .map(|_| port)
+    };
+    let mapped =
+        |ports: &super::workload::Ports| ports.get(&port).copied().filter(|target| *target > 0);
+    let target = mapped(&endpoint.ports)
+        .or_else(|| mapped(&entry.service.ports))
+        .or_else(tunnelled)?;
+    let ip = address_of(workload, &entry.service, original);
+    Some(Upstream {
+        workload,
+        port: target,
+        ip,
+        service: Some(&entry.service),
+    })
+}
+
+/// The address of a workload that fits what the client asked for best.
+fn address_of(workload: &Workload, service: &Service, original: IpAddr) -> Option<IpAddr> {
+    if workload.addresses.contains(&original) {
+        return Some(original);
+    }
+    let allowed = |ip: &&IpAddr| match service.ip_families {
+        None | Some(IpFamilies::Dual) => true,
+        Some(IpFamilies::Ipv4) => ip.is_ipv4(),
+        Some(IpFamilies::Ipv6) => ip.is_ipv6(),
+    };
+    let mut addresses = workload.addresses.iter().filter(allowed);
+    let first = addresses.clone().next();
+    addresses
+        .find(|ip| ip.is_ipv4() == original.is_ipv4())
+        .or(first)
+        .copied()
+}
+
+/// Turns a waypoint reference into a workload and the port to dial.
+fn resolve<'a>(
+    mesh: &'a Mesh,
+    source: &Workload,
+    waypoint: &GatewayAddress,
+    target: SocketAddr,
+    random: Random<'_>,
+) -> Result<Upstream<'a>, RouteError> {
+    let port = waypoint.hbone_mtls_port;
+    let unknown =
+        || RouteError::UnknownWaypoint(format!("waypoint {} not found", waypoint.destination));
+    let unhealthy = || {
+        RouteError::UnknownWaypoint(format!(
+            "waypoint {} has no healthy endpoint",
+            waypoint.destination
+        ))
+    };
+    let (service, workload, original) = match &waypoint.destination {
+        GatewayDestination::Address(address) => (
+            mesh.service_by_vip(&address.network, &address.address, None),
+            mesh.workload_by_ip(&address.network, &address.address),
+            address.address,
+        ),
+        GatewayDestination::Hostname(name) => (
+            mesh.service(name),
+            mesh.workload_by_hostname(name),
+            target.ip(),
+        ),
+    };
+    if let Some(entry) = service.and_then(|service| mesh.service_entry(&service.key())) {
+        return balanced(
+            mesh,
+            entry,
+            source,
+            port,
+            original,
+            Purpose::Waypoint,
+            random,
+        )
+        .ok_or_else(unhealthy);
+    }
+    let workload = workload.ok_or_else(unknown)?;
+    let fitting = workload.addresses.iter().find(|ip| **ip == original);
+    let same_family = || {
+        workload
+            .addresses
+            .iter()
+            .find(|ip| ip.is_ipv4() == original.is_ipv4())
+    };
+    let ip = fitting
+        .or_else(same_family)
+        .or(workload.addresses.first())
+        .copied();
+    Ok(Upstream {
+        workload,
+        port,
+        ip,
+        service: None,
+    })
+}
+
+/// Whether the flow comes from the very waypoint that it would be sent to.
+fn is_waypoint(mesh: &Mesh, source: &Workload, waypoint: &GatewayAddress, client: IpAddr) -> bool {
+    let is_source = |workload: &Workload| {
+        workload.identity == source.identity && workload.addresses.contains(&client)
+    };
+    let (service, workload) = match &waypoint.destination {
+        GatewayDestination::Address(address) => (
+            mesh.service_by_vip(&address.network, &address.address, None),
+            mesh.workload_by_ip(&address.network, &address.address),
+        ),
+        GatewayDestination::Hostname(name) => (mesh.service(name), mesh.workload_by_hostname(name)),
+    };
+    match service.and_then(|service| mesh.service_entry(&service.key())) {
+        Some(entry) => {
+            let owner = mesh.workload_by_ip(&source.network, &client);
+            owner.is_some_and(|owner| is_source(owner) && entry.endpoints.get(&owner.uid).is_some())
+        }
+        None => workload.is_some_and(|workload| is_source(workload)),
+    }
+}
+
+#[cfg(test)]
+#[path = "route_tests.rs"]
+mod tests;

@@ -1,0 +1,333 @@
+use super::*;
+use crate::mesh::service::{HealthPolicy, LoadBalancer, Visibility, WeightedWaypoint};
+use crate::mesh::store::AddressResource as Resource;
+use crate::mesh::testing::{mesh, pod, service, serving};
+use crate::mesh::workload::{
+    ApplicationTunnel, HealthStatus, NamespacedHostname, NetworkAddress, TunnelProtocol,
+};
+
+const POD: &str = "10.0.0.9:8080";
+const VIP: &str = "10.96.0.1:80";
+
+fn waypoint_at(ip: &str) -> Option<GatewayAddress> {
+    let address = NetworkAddress {
+        network: "".into(),
+        address: ip.parse().unwrap(),
+    };
+    Some(GatewayAddress {
+        destination: GatewayDestination::Address(address),
+        hbone_mtls_port: 15008,
+    })
+}
+
+fn waypoint_named(hostname: &str) -> Option<GatewayAddress> {
+    let name = NamespacedHostname {
+        namespace: "b".into(),
+        hostname: hostname.into(),
+    };
+    Some(GatewayAddress {
+        destination: GatewayDestination::Hostname(name),
+        hbone_mtls_port: 15008,
+    })
+}
+
+/// A server pod `b/web` at 10.0.0.9 behind `web.b` at 10.96.0.1, a waypoint pod at 10.0.0.20; each may be changed.
+struct World {
+    web: Workload,
+    service: Service,
+    waypoint: Workload,
+    client: Workload,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            web: pod("b", "web", "10.0.0.9"),
+            service: service("b", "web", "10.96.0.1"),
+            waypoint: pod("b", "waypoint", "10.0.0.20"),
+            client: pod("a", "curl", "10.0.0.1"),
+        }
+    }
+
+    fn route(&self, target: &str) -> Result<Route, RouteError> {
+        let mesh = mesh(vec![
+            Resource::Service(self.service.clone()),
+            Resource::Workload(serving(self.web.clone(), &self.service)),
+            Resource::Workload(self.waypoint.clone()),
+            Resource::Workload(self.client.clone()),
+        ]);
+        let client = SocketAddr::new(self.client.addresses[0], 4444);
+        decide(
+            &mesh,
+            &self.client,
+            client,
+            target.parse().unwrap(),
+            &mut |_| 0,
+        )
+    }
+
+    /// `kind connect authority expected...` in short, or the error.
+    fn told(&self, target: &str) -> String {
+        match self.route(target) {
+            Err(error) => error.to_string(),
+            Ok(route) => {
+                let expected: Vec<_> = route
+                    .expected
+                    .iter()
+                    .map(|id| id.service_account().to_string())
+                    .collect();
+                let service = route
+                    .service
+                    .map(|service| service.name.to_string())
+                    .unwrap_or_default();
+                format!(
+                    "{:?} {} {} [{}] {service}",
+                    route.kind,
+                    route.connect,
+                    route.authority.unwrap_or_default(),
+                    expected.join(",")
+                )
+            }
+        }
+    }
+}
+
+#[test]
+fn plain_cases() {
+    let world = World::new();
+    assert_eq!(world.told(POD), "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] ");
+    assert_eq!(
+        world.told("10.0.0.9:1"),
+        "Hbone 10.0.0.9:15008 10.0.0.9:1 [web] "
+    );
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
+    );
+    assert_eq!(
+        world.told("10.96.0.1:81"),
+        "no healthy upstream: 10.96.0.1:81"
+    );
+    assert_eq!(world.told("192.0.2.1:80"), "Passthrough 192.0.2.1:80  [] ");
+}
+
+#[test]
+fn a_workload_outside_the_mesh_is_reached_in_the_clear() {
+    let mut world = World::new();
+    world.web.protocol = Protocol::Tcp;
+    assert_eq!(world.told(POD), "Tcp 10.0.0.9:8080  [] ");
+    assert_eq!(world.told(VIP), "Tcp 10.0.0.9:8080  [] web");
+}
+
+#[test]
+fn services_without_a_taker_refuse_unless_they_pass_through() {
+    let mut world = World::new();
+    world.web.status = HealthStatus::Unhealthy;
+    assert_eq!(world.told(VIP), "no healthy upstream: 10.96.0.1:80");
+    world.service.load_balancer = Some(LoadBalancer {
+        routing_preferences: vec![],
+        mode: BalanceMode::Passthrough,
+        health_policy: HealthPolicy::OnlyHealthy,
+    });
+    assert_eq!(world.told(VIP), "Passthrough 10.96.0.1:80  [] ");
+}
+
+#[test]
+fn a_private_service_does_not_exist_for_others() {
+    let mut world = World::new();
+    world.service.visibility = Visibility::Namespace;
+    assert_eq!(world.told(VIP), "Passthrough 10.96.0.1:80  [] ");
+    world.client.namespace = "b".into();
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
+    );
+}
+
+#[test]
+fn named_ports_are_the_endpoints_own() {
+    let mut world = World::new();
+    world.service.ports = [(80, 0)].into();
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
+    );
+}
+
+#[test]
+fn what_the_service_names_is_expected_too() {
+    let mut world = World::new();
+    world.service.subject_alt_names = vec!["spiffe://td/ns/x/sa/other".into(), "garbage".into()];
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [other,web] web"
+    );
+    assert_eq!(world.told(POD), "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] ");
+}
+
+#[test]
+fn a_services_waypoint_takes_everything_sent_to_the_service() {
+    let mut world = World::new();
+    world.service.waypoint = waypoint_at("10.0.0.20");
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.20:15008 10.96.0.1:80 [waypoint] web"
+    );
+    assert_eq!(
+        world.told("10.96.0.1:81"),
+        "Hbone 10.0.0.20:15008 10.96.0.1:81 [waypoint] web"
+    );
+    assert_eq!(world.told(POD), "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] ");
+    world.service.waypoint = waypoint_at("10.0.0.99");
+    assert_eq!(
+        world.told(VIP),
+        "unknown waypoint: waypoint /10.0.0.99 not found"
+    );
+    world.service.waypoint = waypoint_named("nowhere");
+    assert_eq!(
+        world.told(VIP),
+        "unknown waypoint: waypoint b/nowhere not found"
+    );
+    world.service.waypoint = waypoint_named("wp.example");
+    world.waypoint.hostname = "wp.example".into();
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.20:15008 10.96.0.1:80 [waypoint] web"
+    );
+}
+
+#[test]
+fn a_waypoint_may_be_a_service() {
+    let mut world = World::new();
+    let mut gateway = service("b", "gw", "10.96.0.20");
+    gateway.ports = [(15008, 15008)].into();
+    world.service.waypoint = waypoint_at("10.96.0.20");
+    world.waypoint = serving(world.waypoint, &gateway);
+    let mut resources = vec![
+        Resource::Service(world.service.clone()),
+        Resource::Workload(serving(world.web.clone(), &world.service)),
+        Resource::Workload(world.waypoint.clone()),
+    ];
+    let decided = |resources: &[Resource]| {
+        let client = "10.0.0.1:4444".parse().unwrap();
+        decide(
+            &mesh(resources.to_vec()),
+            &world.client,
+            client,
+            VIP.parse().unwrap(),
+            &mut |_| 0,
+        )
+    };
+    assert!(matches!(
+        decided(&resources),
+        Err(RouteError::UnknownWaypoint(_))
+    ));
+    resources.push(Resource::Service(gateway));
+    let route = decided(&resources).unwrap();
+    assert_eq!(route.connect.to_string(), "10.0.0.20:15008");
+    assert_eq!(route.authority.as_deref(), Some(VIP));
+}
+
+#[test]
+fn weights_choose_among_waypoints() {
+    let mut world = World::new();
+    let to = |ip, weight| WeightedWaypoint {
+        destination: waypoint_at(ip).unwrap(),
+        weight,
+    };
+    world.service.waypoint = waypoint_at("10.0.0.99");
+    world.service.weighted_waypoints = vec![to("10.0.0.98", 0), to("10.0.0.20", 5)];
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.20:15008 10.96.0.1:80 [waypoint] web"
+    );
+    world.service.weighted_waypoints = vec![to("10.0.0.20", 0)];
+    assert_eq!(
+        world.told(VIP),
+        "unknown waypoint: waypoint /10.0.0.99 not found"
+    );
+}
+
+#[test]
+fn a_workloads_waypoint_takes_what_is_sent_to_the_workload_but_not_its_own() {
+    let mut world = World::new();
+    world.web.waypoint = waypoint_at("10.0.0.20");
+    assert_eq!(
+        world.told(POD),
+        "Hbone 10.0.0.20:15008 10.0.0.9:8080 [waypoint] "
+    );
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
+    );
+    world.client = world.waypoint.clone();
+    assert_eq!(world.told(POD), "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] ");
+}
+
+#[test]
+fn an_application_tunnel_stands_in_for_a_missing_port_of_a_waypoint() {
+    let mut world = World::new();
+    let gateway = service("b", "gw", "10.96.0.20");
+    world.service.waypoint = waypoint_at("10.96.0.20");
+    world.waypoint = serving(world.waypoint, &gateway);
+    world.waypoint.application_tunnel = Some(ApplicationTunnel {
+        protocol: TunnelProtocol::Proxy,
+        port: Some(15088),
+    });
+    let mesh = mesh(vec![
+        Resource::Service(world.service.clone()),
+        Resource::Service(gateway),
+        Resource::Workload(world.waypoint.clone()),
+    ]);
+    let client = "10.0.0.1:4444".parse().unwrap();
+    let route = decide(
+        &mesh,
+        &world.client,
+        client,
+        VIP.parse().unwrap(),
+        &mut |_| 0,
+    )
+    .unwrap();
+    assert_eq!(route.connect.to_string(), "10.0.0.20:15008");
+}
+
+#[test]
+fn other_networks_are_refused_clearly() {
+    let mut world = World::new();
+    world.web.network = "elsewhere".into();
+    assert_eq!(
+        world.told(VIP),
+        "no valid routing destination for workload: Workload{web with uid Kubernetes//Pod/b/web (HBONE)}"
+    );
+    world.web.network_gateway = waypoint_at("10.0.0.20");
+    assert!(
+        world.told(VIP).contains("not supported"),
+        "{}",
+        world.told(VIP)
+    );
+}
+
+#[test]
+fn the_address_keeps_the_family_asked_for_within_what_the_service_allows() {
+    let mut world = World::new();
+    world.web.addresses = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
+    let mut v6 = world.service.vips[0].clone();
+    v6.address = "fd00:96::1".parse().unwrap();
+    world.service.vips.push(v6);
+    assert!(
+        world
+            .told("[fd00:96::1]:80")
+            .starts_with("Hbone [fd00::9]:15008 [fd00::9]:8080")
+    );
+    world.service.ip_families = Some(IpFamilies::Ipv4);
+    assert!(
+        world
+            .told("[fd00:96::1]:80")
+            .starts_with("Hbone 10.0.0.9:15008")
+    );
+    world.service.ip_families = Some(IpFamilies::Ipv6);
+    assert!(world.told(VIP).starts_with("Hbone [fd00::9]:15008"));
+    world.web.addresses.clear();
+    world.web.hostname = "web.example".into();
+    assert!(world.told(VIP).starts_with("no valid routing destination"));
+}
