@@ -15,6 +15,9 @@ pub struct ServiceEntry {
     pub endpoints: Endpoints,
 }
 
+/// Namespace and service account.
+pub(super) type LocalKey = (Arc<str>, Arc<str>);
+
 /// Everything the control plane has said, as persistent maps: a clone is cheap and never changes.
 #[derive(Clone, Debug, Default)]
 pub struct Mesh {
@@ -23,7 +26,7 @@ pub struct Mesh {
     pub(super) by_address: imbl::HashMap<IpAddr, imbl::Vector<Arc<Workload>>>,
     pub(super) by_workload_hostname: imbl::HashMap<NamespacedHostname, imbl::OrdSet<Arc<str>>>,
     /// The workloads of this node by namespace and service account.
-    pub(super) local: imbl::HashMap<(Arc<str>, Arc<str>), imbl::OrdSet<Arc<str>>>,
+    pub(super) local: imbl::HashMap<LocalKey, imbl::OrdSet<Arc<str>>>,
     pub(super) services: imbl::HashMap<NamespacedHostname, ServiceEntry>,
     pub(super) by_vip: imbl::HashMap<IpAddr, imbl::Vector<NamespacedHostname>>,
     pub(super) by_hostname: imbl::HashMap<Arc<str>, imbl::Vector<NamespacedHostname>>,

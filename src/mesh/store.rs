@@ -7,7 +7,7 @@ use hbone::Identity;
 
 use super::endpoints::Endpoints;
 use super::service::{Endpoint, Service};
-use super::snapshot::{Mesh, ServiceEntry};
+use super::snapshot::{LocalKey, Mesh, ServiceEntry};
 use super::workload::{NamespacedHostname, NetworkMode, Protocol, Workload};
 use crate::policy::Policy;
 use crate::policy::model::Scope;
@@ -280,7 +280,7 @@ fn hostname_key(workload: &Workload) -> Option<NamespacedHostname> {
     })
 }
 
-fn local_key(workload: &Workload) -> (Arc<str>, Arc<str>) {
+fn local_key(workload: &Workload) -> LocalKey {
     (
         workload.namespace.clone(),
         workload.identity.service_account().into(),

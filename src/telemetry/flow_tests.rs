@@ -1,0 +1,144 @@
+use super::*;
+use crate::mesh::testing::{pod, service};
+
+fn flow(direction: Direction) -> Flow {
+    let telemetry = Arc::new(Telemetry::new("test"));
+    let (src, dst) = (
+        "10.1.0.7:51000".parse().unwrap(),
+        "10.1.0.9:15008".parse().unwrap(),
+    );
+    let mut flow = Flow::new(direction, src, dst, telemetry);
+    let curl = pod("a", "cli", "10.1.0.7");
+    flow.mtls(Some(curl.identity.clone()));
+    flow.source(Arc::new(curl));
+    flow.destination(Arc::new(pod("b", "web", "10.1.0.9")));
+    flow.service(Arc::new(service("b", "web", "10.96.0.1")));
+    flow.hbone_addr("10.1.0.9:8080".to_string());
+    flow.counters.sent.set(11);
+    flow.counters.received.set(22);
+    flow
+}
+
+/// The line without its time.
+fn timeless(line: &str) -> String {
+    match line.split_once('\t') {
+        Some((_, rest)) => rest.to_string(),
+        None => {
+            let start = line.find("\"time\":\"").unwrap() + 8;
+            format!("{}{}", &line[..start], &line[start + 27..])
+        }
+    }
+}
+
+const ENDS: &str = "src.addr=10.1.0.7:51000 src.workload=\"cli\" src.namespace=\"a\" \
+    src.identity=\"spiffe://cluster.local/ns/a/sa/cli\" src.cluster=\"Kubernetes\" dst.addr=10.1.0.9:15008 \
+    dst.hbone_addr=10.1.0.9:8080 dst.service=\"web.b.svc.cluster.local\" dst.workload=\"web\" dst.namespace=\"b\" \
+    dst.identity=\"spiffe://cluster.local/ns/b/sa/web\" dst.cluster=\"Kubernetes\"";
+
+#[test]
+fn a_complete_line_names_everything_in_order() {
+    let line =
+        flow(Direction::Outbound).complete(false, &Level::INFO, Duration::from_micros(7900), None);
+    let expected = format!(
+        "info\taccess\tconnection complete\t{ENDS} direction=\"outbound\" bytes_sent=11 bytes_recv=22 duration=\"7ms\"\n"
+    );
+    assert_eq!(timeless(&line), expected);
+}
+
+#[test]
+fn a_refusal_ends_with_its_reason() {
+    let flow = flow(Direction::Inbound);
+    flow.counters.sent.set(0);
+    flow.counters.received.set(0);
+    let error = "connection closed due to policy rejection: allow policies exist, but none allowed";
+    let line = flow.complete(false, &Level::ERROR, Duration::ZERO, Some(error));
+    let expected = format!(
+        "error\taccess\tconnection complete\t{ENDS} direction=\"inbound\" bytes_sent=0 bytes_recv=0 duration=\"0ms\" error=\"{error}\"\n"
+    );
+    assert_eq!(timeless(&line), expected);
+}
+
+#[test]
+fn a_json_line_has_the_same_fields() {
+    let line =
+        flow(Direction::Inbound).complete(true, &Level::ERROR, Duration::ZERO, Some("a \"b\"\n"));
+    assert_eq!(
+        timeless(&line),
+        "{\"level\":\"error\",\"time\":\"\",\"scope\":\"access\",\"message\":\"connection complete\",\
+         \"src.addr\":\"10.1.0.7:51000\",\"src.workload\":\"cli\",\"src.namespace\":\"a\",\
+         \"src.identity\":\"spiffe://cluster.local/ns/a/sa/cli\",\"src.cluster\":\"Kubernetes\",\
+         \"dst.addr\":\"10.1.0.9:15008\",\"dst.hbone_addr\":\"10.1.0.9:8080\",\
+         \"dst.service\":\"web.b.svc.cluster.local\",\"dst.workload\":\"web\",\"dst.namespace\":\"b\",\
+         \"dst.identity\":\"spiffe://cluster.local/ns/b/sa/web\",\"dst.cluster\":\"Kubernetes\",\
+         \"direction\":\"inbound\",\"bytes_sent\":11,\"bytes_recv\":22,\"duration\":\"0ms\",\"error\":\"a \\\"b\\\"\\n\"}\n"
+    );
+    let parsed: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(parsed["error"], "a \"b\"\n");
+}
+
+#[test]
+fn an_unknown_client_is_what_its_baggage_says_and_plaintext_has_no_identities() {
+    let telemetry = Arc::new(Telemetry::new("test"));
+    let (src, dst) = (
+        "10.1.0.7:51000".parse().unwrap(),
+        "10.1.0.9:80".parse().unwrap(),
+    );
+    let mut flow = Flow::new(Direction::Inbound, src, dst, telemetry);
+    flow.derived_source(Baggage::parse(
+        "k8s.cluster.name=c,k8s.namespace.name=n,service.name=s",
+    ));
+    flow.destination(Arc::new(pod("b", "web", "10.1.0.9")));
+    let line = flow.complete(false, &Level::INFO, Duration::ZERO, None);
+    assert_eq!(
+        timeless(&line),
+        "info\taccess\tconnection complete\tsrc.addr=10.1.0.7:51000 src.workload=\"s\" src.namespace=\"n\" \
+         src.cluster=\"c\" dst.addr=10.1.0.9:80 dst.workload=\"web\" dst.namespace=\"b\" dst.cluster=\"Kubernetes\" \
+         direction=\"inbound\" bytes_sent=0 bytes_recv=0 duration=\"0ms\"\n"
+    );
+}
+
+#[test]
+fn an_early_denial_is_short() {
+    let mut line = Line::new(false, &Level::WARN, "connection failed");
+    line.address("src.addr", "10.1.0.7:51000");
+    line.address("dst.addr", "127.0.0.1:15001");
+    line.text("direction", "outbound");
+    line.text("error", "attempted recursive call to ourselves");
+    assert_eq!(
+        timeless(&line.end()),
+        "warn\taccess\tconnection failed\tsrc.addr=10.1.0.7:51000 dst.addr=127.0.0.1:15001 direction=\"outbound\" \
+         error=\"attempted recursive call to ourselves\"\n"
+    );
+}
+
+#[test]
+fn bytes_are_accounted_while_a_flow_is_open_and_only_once() {
+    let telemetry = Arc::new(Telemetry::new("test"));
+    let (src, dst) = (
+        "10.1.0.7:51000".parse().unwrap(),
+        "10.1.0.9:80".parse().unwrap(),
+    );
+    let mut flow = Flow::new(Direction::Inbound, src, dst, telemetry.clone());
+    flow.open();
+    let sample = |name: &str| {
+        let text = telemetry.encode();
+        let value = text
+            .lines()
+            .find(|line| line.starts_with(&format!("{name}{{")));
+        value.and_then(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+    };
+    flow.counters.received.set(5);
+    flow.counters.sent.set(7);
+    settle();
+    assert_eq!(sample("istio_tcp_received_bytes_total"), Some(5));
+    flow.counters.sent.set(9);
+    flow.finish(Err(FlowError {
+        text: "x".to_string(),
+        flag: "CONNECT",
+    }));
+    settle();
+    assert_eq!(sample("istio_tcp_sent_bytes_total"), Some(9));
+    assert_eq!(sample("istio_tcp_connections_opened_total"), Some(1));
+    assert_eq!(sample("istio_tcp_connections_closed_total"), Some(1));
+    assert_eq!(sample("istio_tcp_connections_failed_total"), Some(1));
+}

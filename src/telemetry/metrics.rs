@@ -1,0 +1,498 @@
+//! The metrics, and their text for a scrape (OpenMetrics 1.0).
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::flow::{Direction, Facts};
+use super::sink::Sink;
+
+/// The content type of `Telemetry::encode`.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Upper bounds of the latency histogram, in seconds.
+const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
+
+/// A rendered label set of the traffic metrics.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Labels(Arc<str>);
+
+#[derive(Default)]
+struct Traffic {
+    opened: u64,
+    closed: u64,
+    failed: u64,
+    from_client: u64,
+    from_server: u64,
+}
+
+/// A counter's samples by rendered label set.
+struct Family {
+    help: &'static str,
+    samples: BTreeMap<String, u64>,
+}
+
+#[derive(Default)]
+struct Histogram {
+    counts: [u64; BUCKETS.len()],
+    count: u64,
+    sum: f64,
+}
+
+/// Help and value.
+type Gauge = (&'static str, i64);
+
+/// Help and the histograms by rendered label set.
+type HistogramFamily = (&'static str, BTreeMap<String, Histogram>);
+
+/// Everything that is counted in this process.
+pub struct Telemetry {
+    tag: String,
+    start: SystemTime,
+    traffic: Mutex<HashMap<Labels, Traffic>>,
+    counters: Mutex<BTreeMap<&'static str, Family>>,
+    histograms: Mutex<BTreeMap<&'static str, HistogramFamily>>,
+    gauges: Mutex<BTreeMap<&'static str, Gauge>>,
+    sockets: [AtomicI64; 2],
+}
+
+/// An accepted socket, counted while it lives.
+pub struct OpenSocket {
+    telemetry: Arc<Telemetry>,
+    direction: Direction,
+}
+
+impl Drop for OpenSocket {
+    fn drop(&mut self) {
+        self.telemetry.sockets[self.direction as usize].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Telemetry {
+    /// Nothing counted yet; `tag` is the version that `istio_build` names.
+    pub fn new(tag: &str) -> Self {
+        Self {
+            tag: tag.to_string(),
+            start: SystemTime::now(),
+            traffic: Mutex::default(),
+            counters: Mutex::default(),
+            histograms: Mutex::default(),
+            gauges: Mutex::default(),
+            sockets: Default::default(),
+        }
+    }
+
+    /// Counts an accepted socket until the guard is dropped.
+    pub fn socket(self: &Arc<Self>, direction: Direction) -> OpenSocket {
+        self.sockets[direction as usize].fetch_add(1, Ordering::Relaxed);
+        OpenSocket {
+            telemetry: self.clone(),
+            direction,
+        }
+    }
+
+    /// Adds to a counter; `name` is without `_total`, `labels` are name and value.
+    pub fn add(&self, name: &'static str, help: &'static str, labels: &[(&str, &str)], n: u64) {
+        let mut counters = lock(&self.counters);
+        let family = counters.entry(name).or_insert_with(|| Family {
+            help,
+            samples: BTreeMap::new(),
+        });
+        *family.samples.entry(render(labels)).or_default() += n;
+    }
+
+    /// Sets a gauge.
+    pub fn set(&self, name: &'static str, help: &'static str, value: i64) {
+        lock(&self.gauges).insert(name, (help, value));
+    }
+
+    /// Adds an observed duration to a histogram; `name` is with its unit.
+    pub fn observe(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&str, &str)],
+        time: Duration,
+    ) {
+        let mut histograms = lock(&self.histograms);
+        let (_, family) = histograms
+            .entry(name)
+            .or_insert_with(|| (help, BTreeMap::new()));
+        let histogram = family.entry(render(labels)).or_default();
+        for (count, bound) in histogram.counts.iter_mut().zip(BUCKETS) {
+            *count += u64::from(time.as_secs_f64() <= bound);
+        }
+        histogram.count += 1;
+        histogram.sum += time.as_secs_f64();
+    }
+
+    pub(super) fn opened(&self, labels: &Labels) {
+        lock(&self.traffic)
+            .entry(labels.clone())
+            .or_default()
+            .opened += 1;
+    }
+
+    pub(super) fn closed(&self, labels: &Labels, failed: bool) {
+        let mut traffic = lock(&self.traffic);
+        let samples = traffic.entry(labels.clone()).or_default();
+        samples.closed += 1;
+        samples.failed += u64::from(failed);
+    }
+
+    pub(super) fn moved(&self, labels: &Labels, from_client: u64, from_server: u64) {
+        let mut traffic = lock(&self.traffic);
+        let samples = traffic.entry(labels.clone()).or_default();
+        samples.from_client += from_client;
+        samples.from_server += from_server;
+    }
+
+    /// All samples in the OpenMetrics text format.
+    pub fn encode(&self) -> String {
+        let mut text = String::with_capacity(8192);
+        self.encode_process(&mut text);
+        self.encode_traffic(&mut text);
+        for (name, family) in lock(&self.counters).iter() {
+            head(&mut text, name, "counter", family.help);
+            for (labels, value) in &family.samples {
+                let _ = writeln!(text, "{name}_total{} {value}", braced(labels));
+            }
+        }
+        for (name, (help, family)) in lock(&self.histograms).iter() {
+            head(&mut text, name, "histogram", help);
+            for (labels, histogram) in family {
+                let comma = if labels.is_empty() { "" } else { "," };
+                for (bound, count) in BUCKETS.iter().zip(histogram.counts) {
+                    let _ = writeln!(
+                        text,
+                        "{name}_bucket{{le=\"{bound:?}\"{comma}{labels}}} {count}"
+                    );
+                }
+                let _ = writeln!(
+                    text,
+                    "{name}_bucket{{le=\"+Inf\"{comma}{labels}}} {}",
+                    histogram.count
+                );
+                let _ = writeln!(text, "{name}_sum{} {}", braced(labels), histogram.sum);
+                let _ = writeln!(text, "{name}_count{} {}", braced(labels), histogram.count);
+            }
+        }
+        for (name, (help, value)) in lock(&self.gauges).iter() {
+            head(&mut text, name, "gauge", help);
+            let _ = writeln!(text, "{name} {value}");
+        }
+        text.push_str("# EOF\n");
+        text
+    }
+
+    fn encode_process(&self, text: &mut String) {
+        let mut gauge = |name: &str, help: &str, value: Option<u64>| {
+            if let Some(value) = value {
+                head(text, name, "gauge", help);
+                let _ = writeln!(text, "{name} {value}");
+            }
+        };
+        gauge(
+            "process_open_fds",
+            "Number of open file descriptors",
+            open_descriptors(),
+        );
+        gauge(
+            "process_max_fds",
+            "Maximum number of file descriptors",
+            descriptor_limit(),
+        );
+        gauge(
+            "process_resident_memory_bytes",
+            "Resident memory in bytes",
+            resident_bytes(),
+        );
+        let started = self
+            .start
+            .duration_since(UNIX_EPOCH)
+            .map(|since| since.as_secs())
+            .ok();
+        gauge(
+            "process_start_time_seconds",
+            "Start of the process since the epoch in seconds",
+            started,
+        );
+        if let Some(seconds) = cpu_seconds() {
+            head(
+                text,
+                "process_cpu_seconds",
+                "counter",
+                "User and system CPU time in seconds",
+            );
+            let _ = writeln!(text, "process_cpu_seconds_total {seconds:.2}");
+        }
+    }
+
+    fn encode_traffic(&self, text: &mut String) {
+        head(text, "istio_build", "gauge", "Istio component build info");
+        let _ = writeln!(
+            text,
+            "istio_build{{{}}} 1",
+            render(&[("component", "ztunnel"), ("tag", &self.tag)])
+        );
+        let traffic = lock(&self.traffic);
+        let mut sorted: Vec<_> = traffic.iter().collect();
+        sorted.sort_by(|(a, _), (b, _)| a.0.cmp(&b.0));
+        type Value = fn(&Traffic) -> u64;
+        let families: [(&str, &str, Value); 5] = [
+            (
+                "istio_tcp_connections_opened",
+                "The total number of TCP connections opened",
+                |t| t.opened,
+            ),
+            (
+                "istio_tcp_connections_closed",
+                "The total number of TCP connections closed",
+                |t| t.closed,
+            ),
+            (
+                "istio_tcp_received_bytes",
+                "The size of total bytes received during request in case of a TCP connection",
+                |t| t.from_client,
+            ),
+            (
+                "istio_tcp_sent_bytes",
+                "The size of total bytes sent during response in case of a TCP connection",
+                |t| t.from_server,
+            ),
+            (
+                "istio_tcp_connections_failed",
+                "The total number of TCP connections that failed to establish (unstable)",
+                |t| t.failed,
+            ),
+        ];
+        for (name, help, value) in families {
+            let mut samples = sorted
+                .iter()
+                .filter(|(_, traffic)| value(traffic) > 0)
+                .peekable();
+            if samples.peek().is_some() {
+                head(text, name, "counter", help);
+            }
+            for (labels, traffic) in samples {
+                let _ = writeln!(text, "{name}_total{{{}}} {}", labels.0, value(traffic));
+            }
+        }
+        head(
+            text,
+            "istio_tcp_sockets_open",
+            "gauge",
+            "The current number of open TCP sockets (unstable)",
+        );
+        for direction in [Direction::Outbound, Direction::Inbound] {
+            let open = self.sockets[direction as usize].load(Ordering::Relaxed);
+            let _ = writeln!(
+                text,
+                "istio_tcp_sockets_open{{reporter=\"{}\"}} {open}",
+                direction.reporter()
+            );
+        }
+        head(
+            text,
+            "warren_log_lines_dropped",
+            "counter",
+            "Log lines dropped because the output was too slow",
+        );
+        let _ = writeln!(
+            text,
+            "warren_log_lines_dropped_total {}",
+            Sink::process().dropped()
+        );
+    }
+}
+
+impl Labels {
+    pub(super) fn new(facts: &Facts, flag: &str) -> Self {
+        let derived = facts.derived.as_ref();
+        let baggage_name = told(derived.map(|derived| &derived.workload_name));
+        let (source, destination, service) = (
+            facts.source.as_deref(),
+            facts.destination.as_deref(),
+            facts.service.as_deref(),
+        );
+        let from =
+            |known: fn(&crate::mesh::Workload) -> &str, otherwise| source.map_or(otherwise, known);
+        let to = |known: fn(&crate::mesh::Workload) -> &str| destination.map_or("", known);
+        let of = |known: fn(&crate::mesh::Service) -> &str| service.map_or("", known);
+        let revision = told(derived.map(|derived| &derived.revision));
+        let labels = [
+            ("reporter", facts.direction.reporter()),
+            ("source_workload", from(|w| &w.workload_name, baggage_name)),
+            (
+                "source_canonical_service",
+                from(
+                    |w| &w.canonical_name,
+                    told(derived.map(|d| &d.service_name)),
+                ),
+            ),
+            (
+                "source_canonical_revision",
+                from(|w| &w.canonical_revision, revision),
+            ),
+            (
+                "source_workload_namespace",
+                from(|w| &w.namespace, told(derived.map(|d| &d.namespace))),
+            ),
+            (
+                "source_principal",
+                facts
+                    .source_identity
+                    .as_ref()
+                    .map_or("", |identity| identity.as_str()),
+            ),
+            ("source_app", from(|w| &w.canonical_name, baggage_name)),
+            ("source_version", from(|w| &w.canonical_revision, revision)),
+            (
+                "source_cluster",
+                from(|w| &w.cluster_id, told(derived.map(|d| &d.cluster))),
+            ),
+            ("destination_service", of(|s| &s.hostname)),
+            ("destination_service_namespace", of(|s| &s.namespace)),
+            ("destination_service_name", of(|s| &s.name)),
+            ("destination_workload", to(|w| &w.workload_name)),
+            ("destination_canonical_service", to(|w| &w.canonical_name)),
+            (
+                "destination_canonical_revision",
+                to(|w| &w.canonical_revision),
+            ),
+            ("destination_workload_namespace", to(|w| &w.namespace)),
+            ("destination_principal", to(|w| w.identity.as_str())),
+            ("destination_app", to(|w| &w.canonical_name)),
+            ("destination_version", to(|w| &w.canonical_revision)),
+            ("destination_cluster", to(|w| &w.cluster_id)),
+            ("request_protocol", "tcp"),
+            ("response_flags", flag),
+            (
+                "connection_security_policy",
+                if facts.mtls { "mutual_tls" } else { "unknown" },
+            ),
+            (
+                "source_region",
+                from(|w| &w.locality.region, told(derived.map(|d| &d.region))),
+            ),
+            (
+                "source_zone",
+                from(|w| &w.locality.zone, told(derived.map(|d| &d.zone))),
+            ),
+            ("destination_region", to(|w| &w.locality.region)),
+            ("destination_zone", to(|w| &w.locality.zone)),
+        ];
+        Self(
+            render(
+                &labels
+                    .map(|(name, value)| (name, if value.is_empty() { "unknown" } else { value })),
+            )
+            .into(),
+        )
+    }
+}
+
+/// A part of a baggage, empty when it is not there.
+pub(super) fn told(value: Option<&Option<String>>) -> &str {
+    value.and_then(|value| value.as_deref()).unwrap_or_default()
+}
+
+fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}");
+}
+
+fn braced(labels: &str) -> String {
+    if labels.is_empty() {
+        String::new()
+    } else {
+        format!("{{{labels}}}")
+    }
+}
+
+fn render(labels: &[(&str, &str)]) -> String {
+    let mut text = String::with_capacity(labels.len() * 40);
+    for (position, (name, value)) in labels.iter().enumerate() {
+        if position > 0 {
+            text.push(',');
+        }
+        text.push_str(name);
+        text.push_str("=\"");
+        for c in value.chars() {
+            match c {
+                '\\' => text.push_str("\\\\"),
+                '"' => text.push_str("\\\""),
+                '\n' => text.push_str("\\n"),
+                c => text.push(c),
+            }
+        }
+        text.push('"');
+    }
+    text
+}
+
+fn open_descriptors() -> Option<u64> {
+    // The listing itself holds one open.
+    Some((std::fs::read_dir("/proc/self/fd").ok()?.count() as u64).saturating_sub(1))
+}
+
+fn descriptor_limit() -> Option<u64> {
+    Some(
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+            .ok()?
+            .0,
+    )
+}
+
+fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    Some(pages * size as u64)
+}
+
+fn cpu_seconds() -> Option<f64> {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).ok()?;
+    let seconds =
+        |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Some(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_rendered_with_their_labels() {
+        let telemetry = Arc::new(Telemetry::new("1.2.3"));
+        telemetry.add("istio_xds_message", "help", &[("url", "a\"b\\")], 2);
+        telemetry.set("workload_manager_active_proxy_count", "help", 3);
+        telemetry.observe("x_seconds", "help", &[], Duration::from_millis(5));
+        let socket = telemetry.socket(Direction::Outbound);
+        let text = telemetry.encode();
+        for line in [
+            "istio_build{component=\"ztunnel\",tag=\"1.2.3\"} 1",
+            "istio_xds_message_total{url=\"a\\\"b\\\\\"} 2",
+            "workload_manager_active_proxy_count 3",
+            "x_seconds_bucket{le=\"0.001\"} 0",
+            "x_seconds_bucket{le=\"0.01\"} 1",
+            "x_seconds_bucket{le=\"+Inf\"} 1",
+            "istio_tcp_sockets_open{reporter=\"source\"} 1",
+        ] {
+            assert!(text.lines().any(|known| known == line), "{line} in {text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+        drop(socket);
+        assert!(
+            telemetry
+                .encode()
+                .contains("istio_tcp_sockets_open{reporter=\"source\"} 0")
+        );
+    }
+}
