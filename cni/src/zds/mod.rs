@@ -1,0 +1,9 @@
+//! ZDS: how the node agent hands pods, with their network namespaces, to the proxies of the node.
+
+pub mod messages;
+pub mod server;
+pub mod transport;
+
+pub use messages::{Payload, WorkloadInfo};
+pub use server::ZdsServer;
+pub use transport::{Connection, Listener, Packet, TransportError};
