@@ -1,0 +1,322 @@
+//! The sockets of the data path: listeners and connections inside pods' namespaces, with their options.
+
+use std::io;
+use std::mem::size_of;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::netns::PodNetns;
+use crate::config::{Config, HBONE_PORT, ListenAddress, OUTBOUND_PORT, PLAINTEXT_PORT};
+
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(10);
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+/// The listeners of one pod for one worker.
+#[derive(Debug)]
+pub struct Listeners {
+    pub outbound: StdListener,
+    pub plaintext: StdListener,
+    pub hbone: StdListener,
+    pub dns_udp: Vec<UdpSocket>,
+    pub dns_tcp: Vec<StdListener>,
+    /// Whether connections made for arrivals may carry the client's address.
+    pub transparent: bool,
+}
+
+/// Opens a pod's listeners for every worker.
+///
+/// # Errors
+/// Which address could not be bound, and why.
+pub fn listen(netns: &PodNetns, config: &Config) -> io::Result<Vec<Listeners>> {
+    netns.run(|| {
+        // Without IPv6 in the pod there is nothing to listen to on its loopback address.
+        let ipv6 = config.ipv6 && has_ipv6();
+        (0..config.workers)
+            .map(|_| listen_here(config, ipv6))
+            .collect()
+    })
+}
+
+fn listen_here(config: &Config, ipv6: bool) -> io::Result<Listeners> {
+    let wildcard = if ipv6 {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    };
+    let mut transparent = true;
+    let mut tcp = |port| {
+        let socket = listener(SocketAddr::new(wildcard, port), config)?;
+        transparent &= make_transparent(&socket, wildcard.is_ipv6(), config.original_source)?;
+        Ok::<_, io::Error>(StdListener::from(socket))
+    };
+    let (outbound, plaintext, hbone) =
+        (tcp(OUTBOUND_PORT)?, tcp(PLAINTEXT_PORT)?, tcp(HBONE_PORT)?);
+    let (mut dns_udp, mut dns_tcp) = (Vec::new(), Vec::new());
+    if config.dns {
+        for address in addresses(config.dns_address, ipv6) {
+            dns_udp.push(bind(address, Type::DGRAM, Protocol::UDP, config)?.into());
+            dns_tcp.push(listener(address, config)?.into());
+        }
+    }
+    Ok(Listeners {
+        outbound,
+        plaintext,
+        hbone,
+        dns_udp,
+        dns_tcp,
+        transparent,
+    })
+}
+
+/// The addresses that an address setting stands for.
+pub fn addresses(setting: ListenAddress, ipv6: bool) -> Vec<SocketAddr> {
+    match setting {
+        ListenAddress::At(address) => vec![address],
+        ListenAddress::Localhost(port) => {
+            let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+            let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, port));
+            if ipv6 { vec![v4, v6] } else { vec![v4] }
+        }
+    }
+}
+
+/// Whether the calling thread's namespace has IPv6 on its loopback.
+pub fn has_ipv6() -> bool {
+    std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+        .is_ok_and(|text| text.trim() == "0")
+}
+
+fn listener(address: SocketAddr, config: &Config) -> io::Result<Socket> {
+    let socket = bind(address, Type::STREAM, Protocol::TCP, config)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+fn bind(
+    address: SocketAddr,
+    kind: Type,
+    protocol: Protocol,
+    config: &Config,
+) -> io::Result<Socket> {
+    let made = || {
+        let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+        mark(&socket, config)?;
+        // Every worker has its own socket on the port, and a new proxy starts while the old one drains.
+        if config.port_reuse || config.workers > 1 {
+            socket.set_reuse_port(true)?;
+        } else {
+            socket.set_reuse_address(true)?;
+        }
+        if address.is_ipv6() && address.ip().is_unspecified() {
+            socket.set_only_v6(false)?;
+        }
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    };
+    made().map_err(|error: io::Error| {
+        io::Error::new(
+            error.kind(),
+            format!("failed to bind to address {address}: {error}"),
+        )
+    })
+}
+
+fn mark(socket: &Socket, config: &Config) -> io::Result<()> {
+    match config.packet_mark {
+        None => Ok(()),
+        Some(mark) => socket.set_mark(mark).map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("failed to set socket mark: {error}, make sure the proxy has CAP_NET_RAW and CAP_NET_ADMIN"),
+            )
+        }),
+    }
+}
+
+/// Lets a listener's connections be carried on with the client's own address; gives whether that works.
+fn make_transparent(socket: &Socket, ipv6: bool, wanted: Option<bool>) -> io::Result<bool> {
+    if wanted == Some(false) {
+        return Ok(false);
+    }
+    let set = socket
+        .set_ip_transparent_v4(true)
+        .and_then(|()| match ipv6 {
+            true => set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+            false => Ok(()),
+        });
+    match set {
+        Ok(()) => Ok(true),
+        Err(error) if wanted == Some(true) => Err(io::Error::new(
+            error.kind(),
+            format!(
+                "ENABLE_ORIG_SRC=true, but transparent sockets are not possible: {error}; grant CAP_NET_ADMIN"
+            ),
+        )),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Sets the options of an accepted socket.
+pub fn prepare(socket: &TcpStream, config: &Config, keepalive: bool) {
+    let _ = socket.set_nodelay(true);
+    if keepalive {
+        keep_alive(&SockRef::from(socket), config);
+    }
+}
+
+/// Failures are ignored: a flow without keep-alive is better than none.
+fn keep_alive(socket: &SockRef<'_>, config: &Config) {
+    let settings = &config.keepalive;
+    if settings.enabled {
+        let keepalive = TcpKeepalive::new()
+            .with_time(settings.time)
+            .with_interval(settings.interval)
+            .with_retries(settings.retries);
+        let _ = socket.set_tcp_keepalive(&keepalive);
+    }
+    if settings.user_timeout {
+        let timeout = settings.time + settings.interval * settings.retries;
+        let _ = socket.set_tcp_user_timeout(Some(timeout));
+    }
+}
+
+/// Connects from inside a pod's namespace, with the client's own address if `spoof` is given and possible.
+///
+/// # Errors
+/// When nobody answers within the limit, or the kernel's error.
+pub async fn connect(
+    netns: &PodNetns,
+    config: &Config,
+    destination: SocketAddr,
+    spoof: Option<IpAddr>,
+) -> io::Result<TcpStream> {
+    let socket = netns.run(|| {
+        let socket = Socket::new(
+            Domain::for_address(destination),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
+        mark(&socket, config)?;
+        socket.set_nonblocking(true)?;
+        socket.set_tcp_nodelay(true)?;
+        keep_alive(&SockRef::from(&socket), config);
+        if let Some(source) = spoof.filter(|source| *source != destination.ip())
+            && source.is_ipv4() == destination.is_ipv4()
+        {
+            take_source(&socket, source);
+        }
+        Ok(socket)
+    })?;
+    let socket = TcpSocket::from_std_stream(socket.into());
+    match tokio::time::timeout(CONNECT, socket.connect(destination)).await {
+        Ok(connected) => connected,
+        Err(elapsed) => Err(io::Error::new(io::ErrorKind::TimedOut, elapsed)),
+    }
+}
+
+/// Makes a connection come from a foreign address; if that fails it comes from the pod's own.
+fn take_source(socket: &Socket, source: IpAddr) {
+    let options = match source {
+        IpAddr::V4(_) => socket
+            .set_ip_transparent_v4(true)
+            .and_then(|()| set_option(socket, libc::SOL_IP, libc::IP_FREEBIND)),
+        IpAddr::V6(_) => set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+            .and_then(|()| set_option(socket, libc::SOL_IPV6, libc::IPV6_FREEBIND)),
+    };
+    if let Err(error) = options {
+        tracing::warn!("failed to set freebind: {error}");
+    }
+    if let Err(error) = socket.bind(&SocketAddr::new(source, 0).into()) {
+        tracing::warn!("failed to bind local addr: {error}");
+    }
+}
+
+fn set_option(socket: &Socket, level: i32, option: i32) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer and length describe the local integer, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Where a redirected connection was going: what the kernel remembers, else its own address.
+///
+/// # Errors
+/// When the connection is already gone.
+pub fn original_destination(socket: &TcpStream) -> io::Result<SocketAddr> {
+    let reference = SockRef::from(socket);
+    let remembered = reference
+        .original_dst_v4()
+        .or_else(|_| reference.original_dst_v6());
+    let address = match remembered.ok().and_then(|address| address.as_socket()) {
+        Some(address) => address,
+        None => socket.local_addr()?,
+    };
+    Ok(hbone::canonical(address))
+}
+
+/// Checks at start that this process may do what serving pods takes.
+///
+/// # Errors
+/// What is missing.
+pub fn check_privileges(config: &Config) -> io::Result<()> {
+    let home = PodNetns::current()?;
+    home.run(|| Ok(())).map_err(|error| {
+        io::Error::new(
+            error.kind(),
+            format!("failed to set netns: {error}; grant CAP_SYS_ADMIN"),
+        )
+    })?;
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    mark(&socket, config)
+}
+
+/// Whether a descriptor is a network namespace, as far as can be told.
+pub fn is_netns(descriptor: &impl AsFd) -> bool {
+    nix::sys::statfs::fstatfs(descriptor.as_fd())
+        .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_unredirected_connection_was_going_where_it_arrived() {
+        let listener = tokio::net::TcpListener::bind("[::]:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let address = original_destination(&accepted).unwrap();
+        assert_eq!(address, SocketAddr::from(([127, 0, 0, 1], port)));
+        drop(client);
+    }
+
+    #[test]
+    fn localhost_means_both_families_where_there_are_both() {
+        let addresses = |ipv6| addresses(ListenAddress::Localhost(53), ipv6);
+        assert_eq!(addresses(false), ["127.0.0.1:53".parse().unwrap()]);
+        assert_eq!(
+            addresses(true),
+            ["127.0.0.1:53".parse().unwrap(), "[::1]:53".parse().unwrap()]
+        );
+    }
+}

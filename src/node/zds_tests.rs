@@ -1,0 +1,232 @@
+use std::cell::{Cell, RefCell};
+
+use cni::zds::Listener;
+use cni::zds::messages::{AddWorkload, Answer, DelWorkload, KeepWorkload, SnapshotSent};
+
+use super::*;
+
+/// Remembers what it was asked to do; pods named `bad` cannot be served.
+#[derive(Default)]
+struct Recorder {
+    served: RefCell<BTreeSet<String>>,
+    ready: Cell<bool>,
+    pending: Cell<usize>,
+}
+
+impl PodHandler for Recorder {
+    async fn add(&self, uid: &str, info: &WorkloadInfo, _: Arc<PodNetns>) -> Result<(), String> {
+        if info.name == "bad" {
+            return Err("no room".to_string());
+        }
+        self.served.borrow_mut().insert(uid.to_string());
+        Ok(())
+    }
+
+    async fn remove(&self, uid: &str) {
+        self.served.borrow_mut().remove(uid);
+    }
+
+    fn served(&self) -> Vec<String> {
+        self.served.borrow().iter().cloned().collect()
+    }
+
+    fn ready(&self, ready: bool) {
+        self.ready.set(ready);
+    }
+
+    fn pending(&self, count: usize) {
+        self.pending.set(count);
+    }
+}
+
+struct Agent {
+    connection: Connection,
+}
+
+impl Agent {
+    async fn accept(listener: &Listener) -> Self {
+        let connection = listener.accept().await.unwrap();
+        let hello: ZdsHello = connection
+            .receive()
+            .await
+            .unwrap()
+            .unwrap()
+            .decode()
+            .unwrap();
+        assert_eq!(hello.version, VERSION_1);
+        Self { connection }
+    }
+
+    /// Asks and gives the answer's error, or none when the proxy disconnects.
+    async fn ask(&self, payload: Payload, with_netns: bool) -> Option<String> {
+        let netns = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+        let descriptor = with_netns.then(|| std::os::fd::AsFd::as_fd(&netns));
+        self.connection
+            .send(
+                &WorkloadRequest {
+                    payload: Some(payload),
+                },
+                descriptor,
+            )
+            .await
+            .unwrap();
+        let response: WorkloadResponse =
+            self.connection.receive().await.unwrap()?.decode().unwrap();
+        let Some(Answer::Ack(ack)) = response.payload else {
+            panic!("no ack")
+        };
+        Some(ack.error)
+    }
+}
+
+fn add(uid: &str, name: &str) -> Payload {
+    let info = WorkloadInfo {
+        name: name.into(),
+        namespace: "ns".into(),
+        service_account: "sa".into(),
+    };
+    Payload::Add(AddWorkload {
+        uid: uid.to_string(),
+        workload_info: Some(info),
+    })
+}
+
+fn path(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("wrn-follow-{}-{name}.sock", std::process::id()))
+}
+
+/// Runs a proxy against `agent`; gives how the proxy ended, if it did.
+async fn against<F: Future<Output = ()>>(
+    name: &str,
+    handler: &Recorder,
+    agent: impl FnOnce(Listener) -> F,
+) -> Option<ProtocolError> {
+    let path = path(name);
+    let listener = Listener::bind(&path).unwrap();
+    let limit = sleep(Duration::from_secs(20));
+    tokio::select! {
+        ended = follow(&path, handler) => ended.err(),
+        () = agent(listener) => None,
+        () = limit => panic!("the agent's script did not end"),
+    }
+}
+
+#[tokio::test]
+async fn pods_are_served_until_a_snapshot_no_longer_names_them() {
+    let handler = Recorder::default();
+    let script = |listener: Listener| async move {
+        let agent = Agent::accept(&listener).await;
+        assert_eq!(agent.ask(add("a", "x"), true).await.as_deref(), Some(""));
+        assert_eq!(agent.ask(add("b", "y"), true).await.as_deref(), Some(""));
+        assert_eq!(
+            agent
+                .ask(Payload::SnapshotSent(SnapshotSent {}), false)
+                .await
+                .as_deref(),
+            Some("")
+        );
+        drop(agent);
+        // A new agent knows only one of them, and that one by name alone.
+        let agent = Agent::accept(&listener).await;
+        let keep = Payload::Keep(KeepWorkload {
+            uid: "b".to_string(),
+        });
+        assert_eq!(agent.ask(keep, false).await.as_deref(), Some(""));
+        assert_eq!(
+            agent
+                .ask(Payload::SnapshotSent(SnapshotSent {}), false)
+                .await
+                .as_deref(),
+            Some("")
+        );
+        let unknown = Payload::Del(DelWorkload {
+            uid: "unknown".to_string(),
+        });
+        assert_eq!(agent.ask(unknown, false).await.as_deref(), Some(""));
+    };
+    assert_eq!(against("snapshot", &handler, script).await, None);
+    assert_eq!(handler.served(), ["b"]);
+    assert!(handler.ready.get());
+}
+
+#[tokio::test]
+async fn a_pod_that_cannot_be_served_is_told_and_keeps_the_proxy_unready() {
+    let handler = Recorder::default();
+    let script = |listener: Listener| async move {
+        let agent = Agent::accept(&listener).await;
+        let answer = agent.ask(add("a", "bad"), true).await.unwrap();
+        assert_eq!(answer, "failure to start proxy : no room");
+        agent
+            .ask(Payload::SnapshotSent(SnapshotSent {}), false)
+            .await;
+    };
+    against("unready", &handler, script).await;
+    assert!(!handler.ready.get());
+    assert_eq!(handler.pending.get(), 1);
+}
+
+#[tokio::test]
+async fn what_cannot_be_understood_leads_to_a_new_connection() {
+    let handler = Recorder::default();
+    let script = |listener: Listener| async move {
+        let agent = Agent::accept(&listener).await;
+        let refused = agent.ask(add("a", "x"), false).await.unwrap();
+        assert_eq!(refused, "failure to read message : No control message");
+        let agent = Agent::accept(&listener).await;
+        let refused = agent
+            .ask(Payload::SnapshotSent(SnapshotSent {}), true)
+            .await
+            .unwrap();
+        assert_eq!(
+            refused,
+            "failure to read message : Unexpected control message"
+        );
+        let agent = Agent::accept(&listener).await;
+        agent
+            .connection
+            .send(
+                &WorkloadInfo {
+                    name: "x".repeat(2000),
+                    ..Default::default()
+                },
+                None,
+            )
+            .await
+            .unwrap();
+        let _agent = Agent::accept(&listener).await;
+    };
+    assert_eq!(against("garbage", &handler, script).await, None);
+}
+
+#[tokio::test]
+async fn an_agent_that_breaks_the_protocol_ends_the_proxy() {
+    let no_info = Payload::Add(AddWorkload {
+        uid: "a".to_string(),
+        workload_info: None,
+    });
+    let snapshot = || Payload::SnapshotSent(SnapshotSent {});
+    let keep = Payload::Keep(KeepWorkload {
+        uid: "b".to_string(),
+    });
+    let cases = [
+        ("info", vec![no_info], ProtocolError::NoInfo),
+        (
+            "twice",
+            vec![snapshot(), snapshot()],
+            ProtocolError::SecondSnapshot,
+        ),
+        ("keep", vec![snapshot(), keep], ProtocolError::LateKeep),
+    ];
+    for (name, payloads, expected) in cases {
+        let handler = Recorder::default();
+        let script = |listener: Listener| async move {
+            let agent = Agent::accept(&listener).await;
+            for payload in payloads {
+                let with_netns = matches!(payload, Payload::Add(_));
+                agent.ask(payload, with_netns).await;
+            }
+            std::future::pending().await
+        };
+        assert_eq!(against(name, &handler, script).await, Some(expected));
+    }
+}
