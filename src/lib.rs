@@ -4,6 +4,7 @@ pub mod admin;
 pub mod config;
 pub mod control;
 pub mod dns;
+pub mod identity;
 pub mod lab;
 pub mod mesh;
 pub mod mesh_feed;

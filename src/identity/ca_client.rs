@@ -178,9 +178,7 @@ fn check(
 }
 
 fn no_root() -> IdentityError {
-    IdentityError::Local(
-        "invalid root certificate: no root certificate present".to_string(),
-    )
+    IdentityError::Local("invalid root certificate: no root certificate present".to_string())
 }
 
 fn one_certificate(pem: &str) -> Result<CertificateDer<'static>, IdentityError> {
@@ -194,8 +192,7 @@ fn check_leaf(
     leaf: &CertificateDer<'_>,
     now: SystemTime,
 ) -> Result<(), IdentityError> {
-    let invalid =
-        |reason: String| IdentityError::Local(format!("invalid certificate: {reason}"));
+    let invalid = |reason: String| IdentityError::Local(format!("invalid certificate: {reason}"));
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|e| invalid(e.to_string()))?;
     let names = leaf
         .subject_alternative_name()

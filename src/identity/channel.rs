@@ -403,12 +403,10 @@ mod tests {
         let other = rcgen::generate_simple_self_signed(["istiod.example".to_string()]).unwrap();
         let mut roots = RootCertStore::empty();
         roots.add(good.cert.der().clone()).unwrap();
-        let inner = WebPkiServerVerifier::builder_with_provider(
-            Arc::new(roots),
-            Arc::new(provider(false)),
-        )
-        .build()
-        .unwrap();
+        let inner =
+            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(provider(false)))
+                .build()
+                .unwrap();
         let verify = |alternative: Option<&str>, certificate: &CertificateDer<'_>| {
             let verifier = ServerVerifier {
                 inner: inner.clone(),

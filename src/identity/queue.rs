@@ -46,11 +46,7 @@ impl Queue {
         if let Some(job) = self.jobs.get(identity).copied()
             && (priority < job.priority || at < job.at)
         {
-            self.put(
-                identity.clone(),
-                priority.min(job.priority),
-                at.min(job.at),
-            );
+            self.put(identity.clone(), priority.min(job.priority), at.min(job.at));
         }
     }
 
