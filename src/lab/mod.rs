@@ -1,1 +1,31 @@
 //! A whole mesh on one machine.
+
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+/// Arguments of `warren lab`.
+#[derive(Args, Debug)]
+pub struct LabArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run a part of the sample application
+    Serve(serve::ServeArgs),
+}
+
+/// Runs one `warren lab` command.
+///
+/// # Errors
+/// What the command could not do, for an operator.
+pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
+    match arguments.command {
+        Command::Serve(arguments) => serve::run(arguments)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
