@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{control, daemon, lab, version};
+use crate::{daemon, version};
 
 /// A node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
 #[derive(Parser)]
@@ -22,10 +22,6 @@ enum Role {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// Serve a folder of Kubernetes manifests as a control plane with a CA
-    Control(control::ControlArgs),
-    /// Run a whole mesh on this machine
-    Lab(lab::LabArgs),
     /// Print the build
     Version,
 }
@@ -35,8 +31,6 @@ pub fn run() -> ExitCode {
     let result = match Arguments::parse().role {
         None => daemon::run(),
         Some(Role::Proxy { .. }) => daemon::run(),
-        Some(Role::Control(arguments)) => control::main(arguments),
-        Some(Role::Lab(arguments)) => lab::run(arguments),
         Some(Role::Version) => {
             println!("{}", version::build_info());
             Ok(ExitCode::SUCCESS)

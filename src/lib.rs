@@ -1,8 +1,10 @@
 //! Warren: a node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
 
 pub mod admin;
+pub mod cli;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod dns;
 pub mod identity;
 pub mod lab;
@@ -11,6 +13,7 @@ pub mod mesh_feed;
 pub mod node;
 pub mod policy;
 pub mod proto;
+pub mod proxy;
 pub mod telemetry;
 pub mod version;
 pub mod xds;

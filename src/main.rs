@@ -1,1 +1,5 @@
-fn main() {}
+//! The `warren` program.
+
+fn main() -> std::process::ExitCode {
+    warren::cli::run()
+}

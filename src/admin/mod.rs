@@ -1,1 +1,6 @@
 //! HTTP endpoints: readiness, metrics, administration.
+
+pub mod config_dump;
+pub mod console;
+pub mod http;
+pub mod ready;

@@ -1,6 +1,7 @@
 //! The mesh as the control plane describes it: pure data and lookups, no I/O.
 
 pub mod balance;
+pub mod dump;
 pub mod endpoints;
 pub mod inbound;
 pub mod route;

@@ -7,11 +7,17 @@ use std::rc::Rc;
 use hbone::Identity;
 use tokio::sync::Notify;
 
-/// What an inbound flow was admitted with.
+/// An open flow: what it was admitted with, and what the configuration dump says of it.
 #[derive(Clone, Debug)]
 pub struct Admission {
     pub src: SocketAddr,
+    /// Where it really goes.
     pub dst: SocketAddr,
+    /// What the client asked for: an address, or the host it named.
+    pub original: Option<String>,
+    /// `HBONE` or `TCP`.
+    pub protocol: &'static str,
+    /// Who the client proved to be.
     pub identity: Option<Identity>,
 }
 
@@ -21,7 +27,7 @@ struct Slots {
     free: Vec<usize>,
 }
 
-/// The admitted inbound flows; cheap to clone, one per pod and worker.
+/// The open flows of one direction; cheap to clone, one per pod, direction and worker.
 #[derive(Clone, Default)]
 pub struct Connections(Rc<RefCell<Slots>>);
 
@@ -48,7 +54,23 @@ impl Connections {
                 slots.entries.len() - 1
             }
         };
-        Registration { connections: self.clone(), slot, revoked }
+        Registration {
+            connections: self.clone(),
+            slot,
+            revoked,
+        }
+    }
+
+    /// Every flow, as in the configuration dump.
+    pub fn dump(&self) -> Vec<serde_json::Value> {
+        let slots = self.0.borrow();
+        let entries = slots.entries.iter().flatten();
+        let one = |(flow, _): &(Admission, _)| {
+            serde_json::json!({
+                "src": flow.src, "originalDst": flow.original, "actualDst": flow.dst, "protocol": flow.protocol,
+            })
+        };
+        entries.map(one).collect()
     }
 
     /// Revokes every flow that `allowed` no longer lets in; gives those.
@@ -89,6 +111,8 @@ mod tests {
         let admission = |port| Admission {
             src: SocketAddr::from(([10, 0, 0, 1], port)),
             dst: SocketAddr::from(([10, 0, 0, 2], 80)),
+            original: None,
+            protocol: "TCP",
             identity: None,
         };
         let kept = connections.register(admission(1));

@@ -15,15 +15,26 @@ use crate::telemetry::{Direction, Flow, FlowError};
 
 /// The error of a flow that a policy update no longer allows.
 pub fn policy_change() -> FlowError {
-    FlowError { text: "connection closed due to policy change".to_string(), flag: "DENY" }
+    FlowError {
+        text: "connection closed due to policy change".to_string(),
+        flag: "DENY",
+    }
 }
 
 /// Serves one connection accepted on 15008 until its tunnel has ended.
 pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
-    let Ok(local) = socket.local_addr() else { return };
-    let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+    let Ok(local) = socket.local_addr() else {
+        return;
+    };
+    let local = hbone::canonical(local);
     let refuse = |text: &str| {
-        Flow::new(Direction::Inbound, client, local, pod.shared.telemetry.clone()).early_deny(text);
+        Flow::new(
+            Direction::Inbound,
+            client,
+            local,
+            pod.shared.telemetry.clone(),
+        )
+        .early_deny(text);
     };
     let workload = match pod.workload().await {
         Ok(workload) => workload,
@@ -37,7 +48,11 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
         Ok(tunnel) => tunnel,
         Err(error) => return refuse(&error.to_string()),
     };
-    let peer = Peer { client, local, identity: tunnel.peer().cloned() };
+    let peer = Peer {
+        client,
+        local,
+        identity: tunnel.peer().cloned(),
+    };
     let mut streams = JoinSet::new();
     let draining = pod.drain.reached(Stage::Draining);
     tokio::pin!(draining);
@@ -69,15 +84,26 @@ struct Peer {
 }
 
 async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
-    let mut flow = Flow::new(Direction::Inbound, peer.client, peer.local, pod.shared.telemetry.clone());
+    let mut flow = Flow::new(
+        Direction::Inbound,
+        peer.client,
+        peer.local,
+        pod.shared.telemetry.clone(),
+    );
     if incoming.method() != "CONNECT" {
-        flow.early_deny(&format!("expected method CONNECT, got {}", incoming.method()));
+        flow.early_deny(&format!(
+            "expected method CONNECT, got {}",
+            incoming.method()
+        ));
         return incoming.refuse(400);
     }
     let authority: Authority = match incoming.authority().parse() {
         Ok(authority) => authority,
         Err(_) => {
-            flow.early_deny(&format!("no valid authority pseudo header: {}", incoming.authority()));
+            flow.early_deny(&format!(
+                "no valid authority pseudo header: {}",
+                incoming.authority()
+            ));
             return incoming.refuse(400);
         }
     };
@@ -103,19 +129,29 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
         }
     };
     let dst = SocketAddr::new(peer.local.ip(), target.connect_port);
-    let registration =
-        pod.connections.register(Admission { src: peer.client, dst, identity: peer.identity.clone() });
+    let registration = pod.inbound.register(Admission {
+        src: peer.client,
+        dst,
+        original: incoming.headers.forwarded_host(),
+        protocol: if peer.identity.is_some() {
+            "HBONE"
+        } else {
+            "TCP"
+        },
+        identity: peer.identity.clone(),
+    });
     flow.hbone_addr(incoming.authority().to_string());
-    if let Some(identity) = &peer.identity {
-        flow.mtls(identity.clone());
-    }
+    flow.mtls(peer.identity.clone());
     if pod.shared.config.response_baggage
         && let Some(baggage) = incoming.headers.baggage()
     {
         flow.derived_source(baggage);
     }
     let network = &pod.shared.config.network;
-    let elsewhere = incoming.headers.forwarded_network().is_some_and(|other| !other.eq_ignore_ascii_case(network));
+    let elsewhere = incoming
+        .headers
+        .forwarded_network()
+        .is_some_and(|other| !other.eq_ignore_ascii_case(network));
     if !elsewhere && let Some(source) = mesh.workload_by_ip(network, &peer.client.ip()) {
         flow.source(source.clone());
     }
@@ -124,7 +160,14 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
         flow.service(service);
     }
     flow.open();
-    let verdict = mesh.verdict(&workload, &Context { identity: peer.identity.as_ref(), src: peer.client, dst });
+    let verdict = mesh.verdict(
+        &workload,
+        &Context {
+            identity: peer.identity.as_ref(),
+            src: peer.client,
+            dst,
+        },
+    );
     drop(mesh);
     if let Some(reason) = verdict.refusal() {
         incoming.refuse(401);
@@ -137,10 +180,17 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
         Ok(application) => application,
         Err(error) => {
             incoming.refuse(503);
-            return flow.finish(Err(FlowError { text: format!("connection failed: {error}"), flag: "CONNECT" }));
+            return flow.finish(Err(FlowError {
+                text: format!("connection failed: {error}"),
+                flag: "CONNECT",
+            }));
         }
     };
-    let baggage = pod.shared.config.response_baggage.then(|| pod.baggage(&workload));
+    let baggage = pod
+        .shared
+        .config
+        .response_baggage
+        .then(|| pod.baggage(&workload));
     let stream = match incoming.accept(baggage.as_deref()) {
         Ok(stream) => stream,
         Err(error) => {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use hbone::{ConnectHeaders, PoolKey};
 use tokio::net::TcpStream;
 
+use super::connections::Admission;
 use super::pod::Pod;
 use super::relay::relay;
 use crate::config::ILLEGAL_PORTS;
@@ -24,7 +25,12 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
             return;
         }
     };
-    let flow = Flow::new(Direction::Outbound, client, target, pod.shared.telemetry.clone());
+    let flow = Flow::new(
+        Direction::Outbound,
+        client,
+        target,
+        pod.shared.telemetry.clone(),
+    );
     if target.ip().is_loopback() && ILLEGAL_PORTS.contains(&target.port()) {
         flow.early_deny("attempted recursive call to ourselves");
         return;
@@ -35,11 +41,26 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
     };
     let route = {
         let mesh = pod.shared.mesh.load();
-        route::decide(&mesh, &source, client, target, &mut |bound| pod.random(bound))
+        route::decide(&mesh, &source, client, target, &mut |bound| {
+            pod.random(bound)
+        })
     };
     match route {
         Err(error) => flow.early_deny(&error.to_string()),
-        Ok(route) => follow(&pod, socket, client, source, route, flow).await,
+        Ok(route) => {
+            let _registration = pod.outbound.register(Admission {
+                src: client,
+                dst: route.connect,
+                original: Some(target.to_string()),
+                protocol: if route.kind == RouteKind::Hbone {
+                    "HBONE"
+                } else {
+                    "TCP"
+                },
+                identity: None,
+            });
+            follow(&pod, socket, client, source, route, flow).await;
+        }
     }
 }
 
@@ -78,7 +99,7 @@ async fn tunnel(
     flow: &mut Flow,
 ) -> Result<(), FlowError> {
     let authority = route.authority.clone().unwrap_or_default();
-    flow.mtls(source.identity.clone());
+    flow.mtls(Some(source.identity.clone()));
     flow.hbone_addr(authority.clone());
     flow.open();
     let mut forwarded = format!("for=\"{client}\"");
@@ -99,30 +120,41 @@ async fn tunnel(
         dst: route.connect,
         src_ip: client.ip(),
     };
-    let certificates = pod.shared.certificates.clone();
-    let identity = source.identity.clone();
-    let tls = async move {
-        certificates
-            .fetch(&identity)
-            .await
-            .map_err(|error| Box::new(error) as Box<dyn std::error::Error + Send + Sync>)
+    let tls = || {
+        let (certificates, identity) = (pod.shared.certificates.clone(), source.identity.clone());
+        async move { certificates.fetch(&identity).await.map_err(Into::into) }
     };
-    let tunnelled = pod.pool.open(key, tls, &headers).await.map_err(|error| FlowError {
-        text: error.to_string(),
-        flag: error.flag(),
-    })?;
+    let tunnelled = pod
+        .pool
+        .open(&key, tls, &headers)
+        .await
+        .map_err(|error| FlowError {
+            text: error.to_string(),
+            flag: error.flag(),
+        })?;
     tunnelled
         .stream
         .carry(socket, &flow.counters)
         .await
-        .map_err(|error| FlowError { text: error.to_string(), flag: error.flag() })
+        .map_err(|error| FlowError {
+            text: error.to_string(),
+            flag: error.flag(),
+        })
 }
 
-async fn plain(pod: &Rc<Pod>, socket: TcpStream, route: &Route, flow: &Flow) -> Result<(), FlowError> {
+async fn plain(
+    pod: &Rc<Pod>,
+    socket: TcpStream,
+    route: &Route,
+    flow: &Flow,
+) -> Result<(), FlowError> {
     let far = pod
         .connect(route.connect, None)
         .await
-        .map_err(|error| FlowError { text: format!("io error: {error}"), flag: "CONNECT" })?;
+        .map_err(|error| FlowError {
+            text: format!("io error: {error}"),
+            flag: "CONNECT",
+        })?;
     copied(relay(socket, far, &flow.counters.sent, &flow.counters.received).await)
 }
 
@@ -130,10 +162,17 @@ async fn plain(pod: &Rc<Pod>, socket: TcpStream, route: &Route, flow: &Flow) -> 
 pub fn copied(result: std::io::Result<()>) -> Result<(), FlowError> {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof};
     match result {
-        Err(error) if !matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected | UnexpectedEof) => {
-            Err(FlowError { text: format!("io error: {error}"), flag: "CONNECT" })
+        Err(error)
+            if !matches!(
+                error.kind(),
+                BrokenPipe | ConnectionReset | NotConnected | UnexpectedEof
+            ) =>
+        {
+            Err(FlowError {
+                text: format!("io error: {error}"),
+                flag: "CONNECT",
+            })
         }
         _ => Ok(()),
     }
 }
-

@@ -23,7 +23,12 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
             return;
         }
     };
-    let mut flow = Flow::new(Direction::Inbound, client, target, pod.shared.telemetry.clone());
+    let mut flow = Flow::new(
+        Direction::Inbound,
+        client,
+        target,
+        pod.shared.telemetry.clone(),
+    );
     if ILLEGAL_PORTS.contains(&target.port()) {
         return flow.early_deny("attempted recursive call to ourselves");
     }
@@ -31,7 +36,13 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
         Ok(workload) => workload,
         Err(error) => return flow.early_deny(&error),
     };
-    let registration = pod.connections.register(Admission { src: client, dst: target, identity: None });
+    let registration = pod.inbound.register(Admission {
+        src: client,
+        dst: target,
+        original: Some(target.to_string()),
+        protocol: "TCP",
+        identity: None,
+    });
     let verdict = {
         let mesh = pod.shared.mesh.load();
         if let Some(source) = mesh.workload_by_ip(&pod.shared.config.network, &client.ip()) {
@@ -41,7 +52,14 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
         if let Some(service) = mesh.inbound_service(&workload, target.port(), None) {
             flow.service(service);
         }
-        mesh.verdict(&workload, &Context { identity: None, src: client, dst: target })
+        mesh.verdict(
+            &workload,
+            &Context {
+                identity: None,
+                src: client,
+                dst: target,
+            },
+        )
     };
     flow.open();
     if let Some(reason) = verdict.refusal() {
@@ -53,7 +71,10 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
     let far = match pod.connect(target, Some(client.ip())).await {
         Ok(far) => far,
         Err(error) => {
-            return flow.finish(Err(FlowError { text: format!("connection failed: {error}"), flag: "CONNECT" }));
+            return flow.finish(Err(FlowError {
+                text: format!("connection failed: {error}"),
+                flag: "CONNECT",
+            }));
         }
     };
     let counters = flow.counters.clone();

@@ -1,6 +1,9 @@
 //! One captured pod on one worker: who it is, its tunnels, its live flows.
 
 use std::cell::{Cell, RefCell};
+use std::hash::{BuildHasher, Hasher};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,12 +12,14 @@ use crate::config::Config;
 use crate::identity::Certificates;
 use crate::mesh::Workload;
 use crate::mesh_feed::SharedMesh;
-use crate::node::sockets::PodNetns;
+use crate::node::{PodNetns, sockets};
 use crate::policy::Context;
 use crate::telemetry::Telemetry;
 
 use super::connections::Connections;
 use super::drain::Drain;
+use hbone::{Dialer, Http2Config, LocalBoxFuture, Pool};
+use tokio::net::TcpStream;
 
 /// How long a flow waits for the record of its own workload.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -44,25 +49,74 @@ pub struct PodSpec {
 pub struct Pod {
     pub spec: Arc<PodSpec>,
     pub shared: Rc<Shared>,
-    pub pool: hbone::Pool,
-    pub connections: Connections,
+    pub pool: Pool,
+    /// What came from elsewhere to the pod.
+    pub inbound: Connections,
+    /// What the pod sends elsewhere.
+    pub outbound: Connections,
     pub drain: Drain,
     /// The baggage of the pod's workload record, rendered once per record.
     baggage: RefCell<Option<(Arc<Workload>, Rc<str>)>>,
     random: Cell<u64>,
 }
 
+/// Dials tunnels from inside the pod.
+struct PodDialer {
+    netns: Arc<PodNetns>,
+    config: Arc<Config>,
+}
+
+impl Dialer for PodDialer {
+    fn dial(&self, destination: SocketAddr) -> LocalBoxFuture<'_, io::Result<TcpStream>> {
+        Box::pin(sockets::connect(
+            &self.netns,
+            &self.config,
+            destination,
+            None,
+        ))
+    }
+}
+
 impl Pod {
-    pub fn new(spec: Arc<PodSpec>, shared: Rc<Shared>, pool: hbone::Pool, drain: Drain, seed: u64) -> Self {
+    /// A pod that has no flows yet.
+    pub fn new(spec: Arc<PodSpec>, shared: Rc<Shared>, drain: Drain) -> Self {
+        let config = &shared.config;
+        let http2 = Http2Config {
+            stream_window: config.stream_window,
+            connection_window: config.connection_window,
+            frame_size: config.frame_size,
+            max_streams_per_connection: config.pool_max_streams,
+            unused_release: config.pool_unused_release,
+            ..Http2Config::default()
+        };
+        let dialer = PodDialer {
+            netns: spec.netns.clone(),
+            config: config.clone(),
+        };
+        let seed = std::hash::RandomState::new().build_hasher().finish();
         Self {
+            pool: Pool::new(Rc::new(http2), Rc::new(dialer)),
             spec,
             shared,
-            pool,
-            connections: Connections::default(),
+            inbound: Connections::default(),
+            outbound: Connections::default(),
             drain,
             baggage: RefCell::new(None),
             random: Cell::new(seed | 1),
         }
+    }
+
+    /// Connects from inside the pod, with the client's address if `spoof` is given and the pod allows it.
+    ///
+    /// # Errors
+    /// The kernel's error, or that nobody answered in time.
+    pub async fn connect(
+        &self,
+        destination: SocketAddr,
+        spoof: Option<IpAddr>,
+    ) -> io::Result<TcpStream> {
+        let spoof = spoof.filter(|_| self.spec.transparent);
+        sockets::connect(&self.spec.netns, &self.shared.config, destination, spoof).await
     }
 
     /// The pod's own workload record; waits a bounded time for it to arrive.
@@ -87,15 +141,31 @@ impl Pod {
         if let Ok(Some(workload)) = tokio::time::timeout(WORKLOAD_WAIT, arrival).await {
             return Ok(workload);
         }
-        let PodSpec { name, namespace, service_account, .. } = &*self.spec;
+        let PodSpec {
+            name,
+            namespace,
+            service_account,
+            ..
+        } = &*self.spec;
         let who = format!("{service_account}.{namespace} ({name})");
         tracing::warn!("timed out waiting for workload '{who}' from xds");
-        Err(format!("failed to fetch information about local workload: {who}"))
+        Err(format!(
+            "failed to fetch information about local workload: {who}"
+        ))
     }
 
     fn known_workload(&self) -> Option<Arc<Workload>> {
-        let PodSpec { name, namespace, service_account, .. } = &*self.spec;
-        self.shared.mesh.load().local_workload(namespace, name, service_account).cloned()
+        let PodSpec {
+            name,
+            namespace,
+            service_account,
+            ..
+        } = &*self.spec;
+        self.shared
+            .mesh
+            .load()
+            .local_workload(namespace, name, service_account)
+            .cloned()
     }
 
     /// What the pod says of itself in a `baggage` header.
@@ -129,17 +199,28 @@ impl Pod {
 
     /// Judges the admitted flows anew and cuts those that policy no longer allows.
     pub fn recheck(&self) {
-        let Some(workload) = self.known_workload() else { return };
+        let Some(workload) = self.known_workload() else {
+            return;
+        };
         let mesh = self.shared.mesh.load();
-        let cut = self.connections.revoke(|flow| {
-            let context = Context { identity: flow.identity.as_ref(), src: flow.src, dst: flow.dst };
+        let cut = self.inbound.revoke(|flow| {
+            let context = Context {
+                identity: flow.identity.as_ref(),
+                src: flow.src,
+                dst: flow.dst,
+            };
             mesh.verdict(&workload, &context).is_allowed()
         });
         for flow in cut {
-            let identity = flow.identity.as_ref().map_or_else(|| "None".to_string(), ToString::to_string);
+            let identity = flow
+                .identity
+                .as_ref()
+                .map_or_else(|| "None".to_string(), ToString::to_string);
             tracing::info!(
                 "connection {}({identity})->{} ({}) closed because it's no longer allowed after a policy update",
-                flow.src, flow.dst, workload.uid,
+                flow.src,
+                flow.dst,
+                workload.uid,
             );
         }
     }

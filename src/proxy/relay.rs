@@ -20,7 +20,12 @@ thread_local! {
 ///
 /// # Errors
 /// What broke a direction; a connection that a peer reset is no error to the caller's log.
-pub async fn relay(near: TcpStream, far: TcpStream, sent: &Cell<u64>, received: &Cell<u64>) -> io::Result<()> {
+pub async fn relay(
+    near: TcpStream,
+    far: TcpStream,
+    sent: &Cell<u64>,
+    received: &Cell<u64>,
+) -> io::Result<()> {
     let forward = copy(&near, &far, sent);
     let backward = copy(&far, &near, received);
     let result = tokio::try_join!(forward, backward);
@@ -92,7 +97,9 @@ fn step(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> io::Result<Step>
                     done += written;
                     count.set(count.get() + written as u64);
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Left(buffer[done..read].to_vec())),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Step::Left(buffer[done..read].to_vec()));
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -132,7 +139,10 @@ mod tests {
         };
         let (result, (question, answer)) = tokio::join!(relay(near, far, &sent, &received), peers);
         result.unwrap();
-        assert_eq!((question.as_str(), answer.as_str()), ("question", "an answer"));
+        assert_eq!(
+            (question.as_str(), answer.as_str()),
+            ("question", "an answer")
+        );
         assert_eq!((sent.get(), received.get()), (8, 9));
     }
 
@@ -143,7 +153,8 @@ mod tests {
         reset(client);
         let (sent, received) = (Cell::new(0), Cell::new(0));
         let mut buffer = [0; 1];
-        let (result, read) = tokio::join!(relay(near, far, &sent, &received), server.read(&mut buffer));
+        let (result, read) =
+            tokio::join!(relay(near, far, &sent, &received), server.read(&mut buffer));
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }

@@ -16,18 +16,11 @@ use tokio::task::{JoinSet, LocalSet};
 use super::drain::{Drain, DrainHandle, Stage, drain};
 use super::pod::{Pod, PodSpec, Shared};
 use super::{inbound, outbound, passthrough};
+use crate::node::sockets::{self, Listeners};
+use crate::telemetry::Direction;
 
 /// How long a listener rests after an accept error such as a shortage of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
-/// The listeners of one pod for one worker, made in the pod's namespace.
-pub struct Listeners {
-    pub outbound: std::net::TcpListener,
-    pub plaintext: std::net::TcpListener,
-    pub hbone: std::net::TcpListener,
-    pub dns_udp: Vec<std::net::UdpSocket>,
-    pub dns_tcp: Vec<std::net::TcpListener>,
-}
 
 enum Command {
     Add(Arc<PodSpec>, Listeners, oneshot::Sender<io::Result<()>>),
@@ -35,8 +28,12 @@ enum Command {
     Remove(String, Stage, oneshot::Sender<()>),
     /// Ends every pod's proxy gracefully within the deadline.
     Stop(Duration, oneshot::Sender<()>),
-    Run(Box<dyn FnOnce() + Send>),
+    Ask(Box<dyn FnOnce(&Running) + Send>),
 }
+
+/// The pods that a worker serves, by uid.
+#[derive(Default)]
+pub struct Running(HashMap<String, RunningPod>);
 
 /// The control thread's end of a worker.
 pub struct Worker(mpsc::UnboundedSender<Command>);
@@ -48,25 +45,35 @@ impl Worker {
     /// When the thread or its runtime cannot be made.
     pub fn start(index: usize, shared: Shared) -> io::Result<Self> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-            let local = LocalSet::new();
-            local.block_on(&runtime, run(Rc::new(shared), receiver));
-        })?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        std::thread::Builder::new()
+            .name(format!("worker-{index}"))
+            .spawn(move || {
+                let local = LocalSet::new();
+                local.block_on(&runtime, run(Rc::new(shared), receiver));
+            })?;
         Ok(Self(sender))
     }
 
     pub async fn add(&self, spec: Arc<PodSpec>, listeners: Listeners) -> io::Result<()> {
         let (reply, answer) = oneshot::channel();
         let gone = || io::Error::other("the data-plane worker has stopped");
-        self.0.send(Command::Add(spec, listeners, reply)).map_err(|_| gone())?;
+        self.0
+            .send(Command::Add(spec, listeners, reply))
+            .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 
     /// Cuts whatever the pod's proxy still carries.
     pub async fn remove(&self, uid: &str) {
         let (reply, answer) = oneshot::channel();
-        if self.0.send(Command::Remove(uid.to_string(), Stage::Cut, reply)).is_ok() {
+        if self
+            .0
+            .send(Command::Remove(uid.to_string(), Stage::Cut, reply))
+            .is_ok()
+        {
             let _ = answer.await;
         }
     }
@@ -79,13 +86,41 @@ impl Worker {
         }
     }
 
-    /// Runs something on the worker's own thread, inside its runtime.
-    pub fn run_on(&self, task: impl FnOnce() + Send + 'static) {
-        let _ = self.0.send(Command::Run(Box::new(task)));
+    /// Asks something of the worker on its own thread; none when it has stopped.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Running) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let ask = Command::Ask(Box::new(move |pods| drop(reply.send(question(pods)))));
+        self.0.send(ask).ok()?;
+        answer.await.ok()
     }
 }
 
-struct Running {
+impl Running {
+    /// Every open flow: pod uid, `inbound` or `outbound`, and the flow as in the configuration dump.
+    pub fn connections(&self) -> Vec<(String, &'static str, serde_json::Value)> {
+        let mut all = Vec::new();
+        for (uid, running) in &self.0 {
+            for (direction, connections) in [
+                ("inbound", &running.pod.inbound),
+                ("outbound", &running.pod.outbound),
+            ] {
+                all.extend(
+                    connections
+                        .dump()
+                        .into_iter()
+                        .map(|flow| (uid.clone(), direction, flow)),
+                );
+            }
+        }
+        all
+    }
+}
+
+struct RunningPod {
+    pod: Rc<Pod>,
     handle: DrainHandle,
     ended: Rc<Ended>,
 }
@@ -106,18 +141,18 @@ impl Ended {
 }
 
 async fn run(shared: Rc<Shared>, mut commands: mpsc::UnboundedReceiver<Command>) {
-    let mut pods: HashMap<String, Running> = HashMap::new();
+    let mut pods = Running::default();
     while let Some(command) = commands.recv().await {
         match command {
             Command::Add(spec, listeners, reply) => {
                 let uid = spec.uid.clone();
                 let started = start(&shared, spec, listeners);
                 let _ = reply.send(started.map(|running| {
-                    pods.insert(uid, running);
+                    pods.0.insert(uid, running);
                 }));
             }
             Command::Remove(uid, stage, reply) => {
-                if let Some(running) = pods.remove(&uid) {
+                if let Some(running) = pods.0.remove(&uid) {
                     running.handle.advance(stage);
                     tokio::task::spawn_local(async move {
                         running.ended.wait().await;
@@ -126,18 +161,18 @@ async fn run(shared: Rc<Shared>, mut commands: mpsc::UnboundedReceiver<Command>)
                 }
             }
             Command::Stop(deadline, reply) => {
-                let pods = std::mem::take(&mut pods);
+                let pods = std::mem::take(&mut pods.0);
                 tokio::task::spawn_local(async move {
                     stop_all(pods, deadline).await;
                     let _ = reply.send(());
                 });
             }
-            Command::Run(task) => task(),
+            Command::Ask(question) => question(&pods),
         }
     }
 }
 
-async fn stop_all(pods: HashMap<String, Running>, deadline: Duration) {
+async fn stop_all(pods: HashMap<String, RunningPod>, deadline: Duration) {
     for running in pods.values() {
         running.handle.advance(Stage::Draining);
     }
@@ -157,7 +192,7 @@ async fn stop_all(pods: HashMap<String, Running>, deadline: Duration) {
     }
 }
 
-fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::Result<Running> {
+fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::Result<RunningPod> {
     let (handle, drain) = drain();
     let pod = Rc::new(Pod::new(spec, shared.clone(), drain.clone()));
     let ended = Rc::new(Ended::default());
@@ -171,16 +206,42 @@ fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::R
             ended.notify.notify_one();
         });
     };
-    task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.outbound)?, true, outbound::serve)));
-    task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.plaintext)?, true, passthrough::serve)));
-    task(Box::pin(accept(pod.clone(), TcpListener::from_std(listeners.hbone)?, true, inbound::serve)));
+    task(Box::pin(accept(
+        pod.clone(),
+        TcpListener::from_std(listeners.outbound)?,
+        Kind::OUTBOUND,
+        outbound::serve,
+    )));
+    task(Box::pin(accept(
+        pod.clone(),
+        TcpListener::from_std(listeners.plaintext)?,
+        Kind::PLAINTEXT,
+        passthrough::serve,
+    )));
+    task(Box::pin(accept(
+        pod.clone(),
+        TcpListener::from_std(listeners.hbone)?,
+        Kind::HBONE,
+        inbound::serve,
+    )));
     tokio::task::spawn_local(follow_policy(pod.clone()));
-    let udp = listeners.dns_udp.into_iter().map(UdpSocket::from_std).collect::<io::Result<Vec<_>>>()?;
-    let tcp = listeners.dns_tcp.into_iter().map(TcpListener::from_std).collect::<io::Result<Vec<_>>>()?;
+    let udp = listeners
+        .dns_udp
+        .into_iter()
+        .map(UdpSocket::from_std)
+        .collect::<io::Result<Vec<_>>>()?;
+    let tcp = listeners
+        .dns_tcp
+        .into_iter()
+        .map(TcpListener::from_std)
+        .collect::<io::Result<Vec<_>>>()?;
     if !udp.is_empty() || !tcp.is_empty() {
-        task(Box::pin(until(drain, super::pod_dns::serve(pod, udp, tcp))));
+        task(Box::pin(until(
+            drain,
+            super::pod_dns::serve(pod.clone(), udp, tcp),
+        )));
     }
-    Ok(Running { handle, ended })
+    Ok(RunningPod { pod, handle, ended })
 }
 
 async fn until(drain: Drain, work: impl Future<Output = ()>) {
@@ -190,8 +251,31 @@ async fn until(drain: Drain, work: impl Future<Output = ()>) {
     }
 }
 
+/// What tells a pod's listeners apart.
+#[derive(Clone, Copy)]
+struct Kind {
+    direction: Direction,
+    keepalive: bool,
+}
+
+impl Kind {
+    const OUTBOUND: Self = Self {
+        direction: Direction::Outbound,
+        keepalive: true,
+    };
+    const PLAINTEXT: Self = Self {
+        direction: Direction::Inbound,
+        keepalive: true,
+    };
+    /// Tunnels ping each other.
+    const HBONE: Self = Self {
+        direction: Direction::Inbound,
+        keepalive: false,
+    };
+}
+
 /// Accepts until the drain begins, then lets the flows end until they are cut.
-async fn accept<F, S>(pod: Rc<Pod>, listener: TcpListener, keepalive: bool, serve: S)
+async fn accept<F, S>(pod: Rc<Pod>, listener: TcpListener, kind: Kind, serve: S)
 where
     F: Future<Output = ()> + 'static,
     S: Fn(Rc<Pod>, TcpStream, SocketAddr) -> F,
@@ -204,9 +288,14 @@ where
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((socket, client)) => {
-                        let client = SocketAddr::new(client.ip().to_canonical(), client.port());
-                        pod.prepare(&socket, keepalive);
-                        flows.spawn_local(serve(pod.clone(), socket, client));
+                        let client = hbone::canonical(client);
+                        sockets::prepare(&socket, &pod.shared.config, kind.keepalive);
+                        let open = pod.shared.telemetry.socket(kind.direction);
+                        let flow = serve(pod.clone(), socket, client);
+                        flows.spawn_local(async move {
+                            flow.await;
+                            drop(open);
+                        });
                     }
                     Err(error) => {
                         tracing::error!("Failed TCP handshake {error}");

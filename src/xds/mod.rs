@@ -1,1 +1,5 @@
-//! Protocol: resources of the control plane.
+//! The control plane's resources: how they are asked for and what they mean.
+
+pub mod client;
+pub mod policies;
+pub mod resources;

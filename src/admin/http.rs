@@ -1,0 +1,220 @@
+//! A small HTTP/1.1 server for the endpoints of one address.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+/// How long a client may take for its request's head.
+const HEAD: Duration = Duration::from_secs(2);
+/// The most that is buffered of a request, in bytes.
+const BUFFER: usize = 8 << 10;
+
+/// What the handlers need of a request.
+#[derive(Debug)]
+pub struct Request {
+    pub method: String,
+    pub path: String,
+    /// Without the question mark.
+    pub query: String,
+}
+
+impl Request {
+    /// The value of a query parameter; empty if it is only named. Percent escapes are decoded.
+    pub fn parameter(&self, name: &str) -> Option<String> {
+        self.query.split('&').find_map(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (key == name).then(|| unescape(value))
+        })
+    }
+}
+
+fn unescape(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let escaped = bytes
+            .get(at + 1..at + 3)
+            .and_then(|hex| std::str::from_utf8(hex).ok());
+        match (
+            bytes[at],
+            escaped.and_then(|hex| u8::from_str_radix(hex, 16).ok()),
+        ) {
+            (b'%', Some(byte)) => {
+                plain.push(byte);
+                at += 3;
+            }
+            (byte, _) => {
+                plain.push(if byte == b'+' { b' ' } else { byte });
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&plain).into_owned()
+}
+
+/// An answer.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: u16,
+    pub content_type: Option<&'static str>,
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    /// A status alone.
+    pub fn empty(status: u16) -> Self {
+        Self {
+            status,
+            content_type: None,
+            body: Vec::new(),
+        }
+    }
+
+    /// Plain text.
+    pub fn text(status: u16, body: impl Into<String>) -> Self {
+        Self {
+            status,
+            content_type: Some("text/plain"),
+            body: body.into().into_bytes(),
+        }
+    }
+
+    /// A body of a given type.
+    pub fn of(content_type: &'static str, body: impl Into<Vec<u8>>) -> Self {
+        Self {
+            status: 200,
+            content_type: Some(content_type),
+            body: body.into(),
+        }
+    }
+}
+
+/// Listens at an address, on both families if it is the IPv6 wildcard.
+///
+/// # Errors
+/// Which address cannot be bound.
+pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let bound = || {
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() && address.ip().is_unspecified() {
+            socket.set_only_v6(false)?;
+        }
+        socket.bind(&address.into())?;
+        socket.listen(128)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket.into())
+    };
+    bound().map_err(|error: io::Error| {
+        io::Error::new(
+            error.kind(),
+            format!("failed to bind to address {address}: {error}"),
+        )
+    })
+}
+
+/// Serves requests on the current runtime for ever; run it inside a `LocalSet`.
+pub async fn serve<H, F>(listener: std::net::TcpListener, component: &'static str, handler: H)
+where
+    H: Fn(Request) -> F + Clone + 'static,
+    F: Future<Output = Reply> + 'static,
+{
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(component, "listener failed: {error}"),
+    };
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(address = %address, component, "listener established");
+    }
+    loop {
+        match listener.accept().await {
+            Ok((socket, _)) => {
+                tokio::task::spawn_local(connection(socket, handler.clone()));
+            }
+            Err(error) => {
+                tracing::error!(component, "Failed TCP handshake {error}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn connection<H, F>(socket: TcpStream, handler: H)
+where
+    H: Fn(Request) -> F + Clone + 'static,
+    F: Future<Output = Reply> + 'static,
+{
+    let _ = socket.set_nodelay(true);
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let handler = handler.clone();
+        let (method, uri) = (request.method().to_string(), request.uri());
+        let (path, query) = (
+            uri.path().to_string(),
+            uri.query().unwrap_or_default().to_string(),
+        );
+        async move {
+            Ok::<_, Infallible>(response(
+                handler(Request {
+                    method,
+                    path,
+                    query,
+                })
+                .await,
+            ))
+        }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .half_close(true)
+        .max_buf_size(BUFFER)
+        .serve_connection(TokioIo::new(socket), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!("HTTP connection ended: {error}");
+    }
+}
+
+fn response(reply: Reply) -> hyper::Response<Full<Bytes>> {
+    let mut response = hyper::Response::new(Full::new(Bytes::from(reply.body)));
+    *response.status_mut() = hyper::StatusCode::from_u16(reply.status)
+        .unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
+    if let Some(content_type) = reply.content_type {
+        let value = hyper::header::HeaderValue::from_static(content_type);
+        response
+            .headers_mut()
+            .insert(hyper::header::CONTENT_TYPE, value);
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_found_and_unescaped() {
+        let request = Request {
+            method: "POST".into(),
+            path: "/".into(),
+            query: "level=a%3Ddebug,b%zz&reset".into(),
+        };
+        assert_eq!(request.parameter("level").as_deref(), Some("a=debug,b%zz"));
+        assert_eq!(request.parameter("reset").as_deref(), Some(""));
+        assert_eq!(request.parameter("other"), None);
+    }
+}

@@ -1,0 +1,255 @@
+//! `warren proxy`: the node's tunnel daemon, put together.
+
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::{LocalSet, spawn_local};
+
+use crate::admin::config_dump;
+use crate::admin::console::{self, Console};
+use crate::admin::http::{self, Reply};
+use crate::admin::ready::Ready;
+use crate::config::Config;
+use crate::identity::channel::Peer;
+use crate::identity::token::Credentials;
+use crate::identity::{CaClient, Certificates};
+use crate::mesh::{Store, dump};
+use crate::mesh_feed::SharedMesh;
+use crate::node::{sockets, zds};
+use crate::proxy::pod::Shared;
+use crate::proxy::pods::Pods;
+use crate::proxy::worker::Worker;
+use crate::telemetry::{Telemetry, log, metrics};
+use crate::{version, xds};
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// Why it cannot start, in words for the operator.
+pub fn run() -> anyhow::Result<ExitCode> {
+    log::init()?;
+    let arguments = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
+    let config = Config::from_environment(arguments)?;
+    tracing::info!("version: {}", version::build_info());
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the control thread")?;
+    let code = LocalSet::new().block_on(&runtime, serve(Arc::new(config)));
+    log::flush();
+    code
+}
+
+/// Every flow takes descriptors, so use all that the system grants.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!("the limit of open files stays at {soft}: {error}");
+    }
+}
+
+async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
+    sockets::check_privileges(&config)?;
+    let ready = Ready::default();
+    let starting = [ready.register("proxy"), ready.register("dns proxy")];
+    let tag = std::env::var("ISTIO_META_ISTIO_VERSION").unwrap_or_else(|_| "unknown".to_string());
+    let telemetry = Arc::new(Telemetry::new(&tag));
+    let certificates = certificates(&config)?;
+    spawn_local(certificates.clone().run());
+    let mesh = SharedMesh::new(Store::new("").snapshot());
+    let shared = Shared {
+        config: config.clone(),
+        mesh: mesh.clone(),
+        certificates: certificates.clone(),
+        telemetry: telemetry.clone(),
+    };
+    let workers: std::io::Result<Vec<_>> = (0..config.workers)
+        .map(|index| Worker::start(index, shared.clone()))
+        .collect();
+    let workers = workers.context("cannot start the data-plane workers")?;
+    serve_readiness(&workers[0], &config, &ready).await?;
+    let pods = Rc::new(Pods::new(shared, workers, ready.clone()));
+    let quit = Arc::new(Notify::new());
+    serve_http(&config, &pods, &telemetry, &mesh, &certificates, &quit)?;
+
+    let state = ready.register("state manager");
+    let (synced, arrived) = oneshot::channel();
+    let done = move || {
+        drop(state);
+        let _ = synced.send(());
+    };
+    follow_control_plane(&config, &mesh, &certificates, &telemetry, done)?;
+    let work = async {
+        // Pods are only served once it is known who may talk to whom.
+        let _ = arrived.await;
+        drop(starting);
+        zds::follow(&config.zds_path, &*pods).await
+    };
+    let code = tokio::select! {
+        ended = work => match ended {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                tracing::error!("the node agent broke the protocol: {error}");
+                ExitCode::FAILURE
+            }
+        },
+        reason = told_to_stop(&quit) => {
+            tracing::info!("{reason}");
+            ExitCode::SUCCESS
+        }
+    };
+    tokio::select! {
+        () = pods.stop(config.termination_deadline) => {}
+        _ = interrupted() => {}
+    }
+    tracing::info!("shutdown complete");
+    Ok(code)
+}
+
+fn certificates(config: &Config) -> anyhow::Result<Certificates> {
+    let peer = Peer::new(config, &config.ca).context("CA_ADDRESS is empty")?;
+    let credentials =
+        Credentials::new(config.token.clone(), &config.cluster_id, &config.ca.headers)?;
+    Ok(Certificates::new(Arc::new(CaClient::new(
+        &peer,
+        credentials,
+        config.secret_ttl,
+    )?)))
+}
+
+/// Readiness is served by a worker on purpose: it shows that the data path is alive.
+async fn serve_readiness(worker: &Worker, config: &Config, ready: &Ready) -> anyhow::Result<()> {
+    let (listener, ready) = (http::listen(config.readiness)?, ready.clone());
+    let started = worker.ask(move |_| {
+        spawn_local(http::serve(listener, "readiness", move |request| {
+            let reply = ready.answer(&request);
+            async move { reply }
+        }));
+    });
+    started.await.context("the data-plane worker has stopped")
+}
+
+fn serve_http(
+    config: &Arc<Config>,
+    pods: &Rc<Pods>,
+    telemetry: &Arc<Telemetry>,
+    mesh: &SharedMesh,
+    certificates: &Certificates,
+    quit: &Arc<Notify>,
+) -> anyhow::Result<()> {
+    let scraped = (pods.clone(), telemetry.clone());
+    spawn_local(http::serve(
+        http::listen(config.stats)?,
+        "stats",
+        move |request| {
+            let (pods, telemetry) = scraped.clone();
+            async move {
+                if !matches!(&*request.path, "/metrics" | "/stats/prometheus") {
+                    return Reply::empty(404);
+                }
+                pods.settle().await;
+                Reply::of(metrics::CONTENT_TYPE, telemetry.encode())
+            }
+        },
+    ));
+    let dumped = Rc::new(Dumped {
+        config: config.clone(),
+        pods: pods.clone(),
+        mesh: mesh.clone(),
+        certificates: certificates.clone(),
+    });
+    for address in sockets::addresses(config.admin, config.ipv6 && sockets::has_ipv6()) {
+        let (dumped, quit) = (dumped.clone(), quit.clone());
+        let handler = move |request| console::answer(dumped.clone(), quit.clone(), request);
+        spawn_local(http::serve(http::listen(address)?, "admin", handler));
+    }
+    Ok(())
+}
+
+fn follow_control_plane(
+    config: &Arc<Config>,
+    mesh: &SharedMesh,
+    certificates: &Certificates,
+    telemetry: &Arc<Telemetry>,
+    synced: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        config.local_xds.is_none(),
+        "LOCAL_XDS and LOCAL_XDS_PATH are not supported by this version; use warren control --manifests"
+    );
+    let peer = Peer::new(config, &config.xds)
+        .context("XDS_ADDRESS is empty: without a control plane nothing would ever be let in; name its address")?;
+    let credentials = Credentials::new(
+        config.token.clone(),
+        &config.cluster_id,
+        &config.xds.headers,
+    )?;
+    let client = xds::client::Client::new(
+        config,
+        peer,
+        credentials,
+        mesh.clone(),
+        certificates.clone(),
+        telemetry.clone(),
+        synced,
+    );
+    spawn_local(client.run());
+    Ok(())
+}
+
+struct Dumped {
+    config: Arc<Config>,
+    pods: Rc<Pods>,
+    mesh: SharedMesh,
+    certificates: Certificates,
+}
+
+impl Console for Dumped {
+    async fn config_dump(&self) -> Value {
+        let mesh = self.mesh.load().clone();
+        json!({
+            "certificates": self.certificates.dump(),
+            "config": config_dump::config(&self.config),
+            "policies": dump::policies(&mesh),
+            "services": dump::services(&mesh),
+            "stagedServices": dump::staged_services(&mesh),
+            "staticConfig": { "workloads": [], "policies": [], "services": [] },
+            "version": version::dump(),
+            "workloads": dump::workloads(&mesh),
+            "workloadState": self.pods.dump().await,
+        })
+    }
+}
+
+async fn told_to_stop(quit: &Notify) -> &'static str {
+    let terminated = async {
+        match signal(SignalKind::terminate()) {
+            Ok(mut signal) => drop(signal.recv().await),
+            Err(error) => {
+                tracing::error!("SIGTERM will not be seen: {error}");
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    tokio::select! {
+        () = terminated => "received signal SIGTERM, starting shutdown",
+        _ = interrupted() => "received signal SIGINT, starting shutdown",
+        () = quit.notified() => "received explicit shutdown signal",
+    }
+}
+
+async fn interrupted() {
+    if let Err(error) = tokio::signal::ctrl_c().await {
+        tracing::error!("SIGINT will not be seen: {error}");
+        std::future::pending::<()>().await;
+    }
+}

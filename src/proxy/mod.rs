@@ -1,0 +1,12 @@
+//! The data path: a flow is accepted, judged, connected, carried and accounted, all on one worker.
+
+mod connections;
+pub mod drain;
+mod inbound;
+mod outbound;
+mod passthrough;
+pub mod pod;
+mod pod_dns;
+pub mod pods;
+mod relay;
+pub mod worker;

@@ -1,0 +1,211 @@
+//! The pods of the node, each served by every worker.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cni::zds::WorkloadInfo;
+use serde_json::{Value, json};
+
+use super::pod::{PodSpec, Shared};
+use super::worker::Worker;
+use crate::admin::ready::{Ready, Task};
+use crate::node::zds::PodHandler;
+use crate::node::{PodNetns, sockets};
+use crate::telemetry::Telemetry;
+
+/// Serves the pods that the node agent names.
+pub struct Pods {
+    shared: Shared,
+    workers: Vec<Worker>,
+    served: Mutex<BTreeMap<String, Arc<PodSpec>>>,
+    ready: Ready,
+    waiting: Mutex<Option<Task>>,
+}
+
+const READY_TASK: &str = "workload proxy manager";
+
+impl Pods {
+    /// No pods yet, and not ready until the agent has named them all.
+    pub fn new(shared: Shared, workers: Vec<Worker>, ready: Ready) -> Self {
+        let waiting = Mutex::new(Some(ready.register(READY_TASK)));
+        Self {
+            shared,
+            workers,
+            served: Mutex::default(),
+            ready,
+            waiting,
+        }
+    }
+
+    /// Lets every pod's flows end within the deadline, then cuts them.
+    pub async fn stop(&self, deadline: Duration) {
+        futures_util::future::join_all(self.workers.iter().map(|worker| worker.stop(deadline)))
+            .await;
+        self.served().clear();
+    }
+
+    /// Brings the byte metrics of open flows up to date.
+    pub async fn settle(&self) {
+        let settled = self
+            .workers
+            .iter()
+            .map(|worker| worker.ask(|_| crate::telemetry::settle()));
+        let _ = tokio::time::timeout(
+            Duration::from_millis(500),
+            futures_util::future::join_all(settled),
+        )
+        .await;
+    }
+
+    /// The pods with their open connections, for the configuration dump.
+    pub async fn dump(&self) -> Value {
+        let mut state = serde_json::Map::new();
+        for (uid, spec) in self.served().iter() {
+            let info = json!({
+                "name": spec.name, "namespace": spec.namespace, "serviceAccount": spec.service_account,
+            });
+            let connections = json!({ "inbound": [], "outbound": [] });
+            state.insert(
+                uid.clone(),
+                json!({ "state": "Up", "info": info, "connections": connections }),
+            );
+        }
+        let answers = self
+            .workers
+            .iter()
+            .map(|worker| worker.ask(|pods| pods.connections()));
+        let limit = Duration::from_secs(2);
+        let answers = tokio::time::timeout(limit, futures_util::future::join_all(answers))
+            .await
+            .unwrap_or_default();
+        for (uid, direction, connection) in answers.into_iter().flatten().flatten() {
+            if let Some(list) = state
+                .get_mut(&uid)
+                .and_then(|pod| pod["connections"][direction].as_array_mut())
+            {
+                list.push(connection);
+            }
+        }
+        Value::Object(state)
+    }
+
+    fn served(&self) -> MutexGuard<'_, BTreeMap<String, Arc<PodSpec>>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn telemetry(&self) -> &Telemetry {
+        &self.shared.telemetry
+    }
+
+    fn count(&self) {
+        let active = self.served().len() as i64;
+        let help = "The total number current workloads with active proxies (unstable)";
+        self.telemetry()
+            .set("workload_manager_active_proxy_count", help, active);
+    }
+
+    async fn start(
+        &self,
+        spec: &Arc<PodSpec>,
+        listeners: Vec<sockets::Listeners>,
+    ) -> Result<(), String> {
+        for (worker, listeners) in self.workers.iter().zip(listeners) {
+            if let Err(error) = worker.add(spec.clone(), listeners).await {
+                self.cut(&spec.uid).await;
+                return Err(error.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    async fn cut(&self, uid: &str) {
+        futures_util::future::join_all(self.workers.iter().map(|worker| worker.remove(uid))).await;
+    }
+}
+
+impl PodHandler for Pods {
+    async fn add(
+        &self,
+        uid: &str,
+        info: &WorkloadInfo,
+        netns: Arc<PodNetns>,
+    ) -> Result<(), String> {
+        let known = self.served().get(uid).map(|spec| spec.netns.id());
+        if known == Some(netns.id()) {
+            return Ok(());
+        }
+        if known.is_some() {
+            tracing::info!(uid, name = info.name, "pod has a new network namespace");
+            self.remove(uid).await;
+        }
+        if !sockets::is_netns(&*netns) {
+            return Err("the descriptor is not of a network namespace".to_string());
+        }
+        tracing::info!(
+            uid,
+            name = info.name,
+            namespace = info.namespace,
+            "pod received, starting proxy"
+        );
+        let listeners =
+            sockets::listen(&netns, &self.shared.config).map_err(|error| error.to_string())?;
+        let spec = Arc::new(PodSpec {
+            uid: uid.to_string(),
+            name: info.name.clone(),
+            namespace: info.namespace.clone(),
+            service_account: info.service_account.clone(),
+            netns,
+            transparent: listeners.iter().all(|listeners| listeners.transparent),
+        });
+        self.start(&spec, listeners).await?;
+        self.served().insert(uid.to_string(), spec);
+        self.telemetry().add(
+            "workload_manager_proxies_started",
+            "The total number of proxies that were started (unstable)",
+            &[],
+            1,
+        );
+        self.count();
+        Ok(())
+    }
+
+    async fn remove(&self, uid: &str) {
+        let Some(spec) = self.served().remove(uid) else {
+            return;
+        };
+        tracing::info!(
+            uid,
+            name = spec.name,
+            namespace = spec.namespace,
+            "pod delete request, shutting down proxy"
+        );
+        self.cut(uid).await;
+        self.telemetry().add(
+            "workload_manager_proxies_stopped",
+            "The total number of proxies that were stopped (unstable)",
+            &[],
+            1,
+        );
+        self.count();
+    }
+
+    fn served(&self) -> Vec<String> {
+        Pods::served(self).keys().cloned().collect()
+    }
+
+    fn ready(&self, ready: bool) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if ready {
+            waiting.take();
+        } else if waiting.is_none() {
+            *waiting = Some(self.ready.register(READY_TASK));
+        }
+    }
+
+    fn pending(&self, count: usize) {
+        let help = "The total number of pending workloads (unstable)";
+        self.telemetry()
+            .set("workload_manager_pending_proxy_count", help, count as i64);
+    }
+}

@@ -1,0 +1,405 @@
+//! The delta discovery client: keeps the mesh as the control plane describes it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message;
+use prost_types::value::Kind;
+use prost_types::{Struct, Value};
+use tonic::codec::Streaming;
+use tonic::{Code, Extensions, Request, Status};
+
+use super::{policies, resources};
+use crate::config::Config;
+use crate::identity::Certificates;
+use crate::identity::channel::Peer;
+use crate::identity::token::Credentials;
+use crate::mesh::Store;
+use crate::mesh_feed::SharedMesh;
+use crate::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use crate::proto::discovery::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as Refusal,
+};
+use crate::proto::{security, workload};
+use crate::telemetry::Telemetry;
+
+/// The type URL of workloads and services.
+pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
+/// The type URL of policies.
+pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
+
+const LARGEST_MESSAGE: usize = 200 << 20;
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+
+/// The client and everything it feeds.
+pub struct Client {
+    peer: Peer,
+    credentials: Credentials,
+    node: Node,
+    store: Store,
+    mesh: SharedMesh,
+    certificates: Certificates,
+    telemetry: Arc<Telemetry>,
+    /// Name to version of what is held, by type; what was rejected is not in it and so is sent again.
+    held: [BTreeMap<String, String>; 2],
+    /// Whether each type has arrived whole.
+    complete: [bool; 2],
+    synced: Option<Box<dyn FnOnce() + Send>>,
+    connections: u64,
+}
+
+/// How a stream ended.
+enum End {
+    /// It was never there.
+    Connect(String),
+    /// The control plane ended it with a status.
+    Status(Status),
+    /// The control plane closed it in peace.
+    Complete,
+}
+
+impl Client {
+    /// A client that has not connected yet; `synced` is called once everything has arrived for the first time.
+    pub fn new(
+        config: &Config,
+        peer: Peer,
+        credentials: Credentials,
+        mesh: SharedMesh,
+        certificates: Certificates,
+        telemetry: Arc<Telemetry>,
+        synced: impl FnOnce() + Send + 'static,
+    ) -> Self {
+        Self {
+            peer,
+            credentials,
+            node: node(config),
+            store: Store::new(config.node.clone()),
+            mesh,
+            certificates,
+            telemetry,
+            held: Default::default(),
+            complete: [false; 2],
+            synced: Some(Box::new(synced)),
+            connections: 0,
+        }
+    }
+
+    /// Follows the control plane for ever; what is known stays known while it cannot be reached.
+    pub async fn run(mut self) {
+        let mut wait = FIRST_WAIT;
+        loop {
+            self.connections += 1;
+            let end = self.follow().await;
+            let (reason, delay) = match &end {
+                End::Connect(_) => {
+                    wait = (wait * 2).min(LONGEST_WAIT);
+                    ("ConnectionError", wait)
+                }
+                End::Status(status) if is_reconnect(status) => {
+                    wait = FIRST_WAIT;
+                    ("Reconnect", FIRST_WAIT)
+                }
+                End::Status(_) => {
+                    wait = (wait * 2).min(LONGEST_WAIT);
+                    ("Error", wait)
+                }
+                End::Complete => {
+                    wait = FIRST_WAIT;
+                    ("Complete", FIRST_WAIT)
+                }
+            };
+            self.telemetry.add(
+                "istio_xds_connection_terminations",
+                "The total number of completed connections to xds server (unstable)",
+                &[("reason", reason)],
+                1,
+            );
+            self.report(&end, delay);
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    fn report(&self, end: &End, delay: Duration) {
+        let address = &self.peer.address;
+        match end {
+            End::Connect(error) => tracing::warn!(
+                "XDS client connection error: gRPC connection error connecting to {address}: {error}, retrying in {delay:?}{}",
+                hint(error)
+            ),
+            End::Status(status) if is_reconnect(status) => {
+                tracing::debug!("XDS stream to {address} ended: {status}");
+            }
+            End::Status(status) => tracing::warn!(
+                "XDS client connection error: gRPC connection error connecting to {address}: status: {:?}, message: {:?}, retrying in {delay:?}{}",
+                status.code(),
+                status.message(),
+                hint(status.message())
+            ),
+            End::Complete => tracing::debug!("XDS stream to {address} was closed"),
+        }
+    }
+
+    async fn follow(&mut self) -> End {
+        let metadata = match self.credentials.metadata().await {
+            Ok(metadata) => metadata,
+            Err(error) => return End::Connect(error.to_string()),
+        };
+        let channel = match self.peer.connect().await {
+            Ok(channel) => channel,
+            Err(error) => return End::Connect(error),
+        };
+        let mut client = AggregatedDiscoveryServiceClient::new(channel)
+            .max_decoding_message_size(LARGEST_MESSAGE);
+        // Never blocks for long: only as many answers are outstanding as there are types.
+        let (requests, outgoing) = tokio::sync::mpsc::channel(16);
+        for (index, type_url) in [ADDRESS_TYPE, AUTHORIZATION_TYPE].into_iter().enumerate() {
+            let first = DeltaDiscoveryRequest {
+                node: Some(self.node.clone()),
+                type_url: type_url.to_string(),
+                initial_resource_versions: self.held[index].clone(),
+                ..Default::default()
+            };
+            if requests.send(first).await.is_err() {
+                return End::Complete;
+            }
+        }
+        let outgoing = tokio_stream::wrappers::ReceiverStream::new(outgoing);
+        let request = Request::from_parts(metadata, Extensions::default(), outgoing);
+        let mut responses = match client.delta_aggregated_resources(request).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return End::Status(status),
+        };
+        tracing::info!(id = self.connections, "Stream established");
+        loop {
+            let response = match next(&mut responses).await {
+                Ok(Some(response)) => response,
+                Ok(None) => return End::Complete,
+                Err(status) => return End::Status(status),
+            };
+            let answer = self.take(response);
+            if requests.send(answer).await.is_err() {
+                return End::Complete;
+            }
+        }
+    }
+
+    /// Applies a response and gives the answer to it: good resources count, bad ones are refused by name.
+    fn take(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+        let type_url = response.type_url.clone();
+        let labels = [("url", &*type_url)];
+        let bytes = response
+            .resources
+            .iter()
+            .filter_map(|resource| resource.resource.as_ref());
+        let bytes: usize = bytes.map(|any| any.value.len()).sum();
+        self.telemetry.add(
+            "istio_xds_message",
+            "Total number of messages received (unstable)",
+            &labels,
+            1,
+        );
+        self.telemetry.add(
+            "istio_xds_message_bytes",
+            "Total number of bytes received (unstable)",
+            &labels,
+            bytes as u64,
+        );
+        let nonce = response.nonce.clone();
+        let rejected = match &*type_url {
+            ADDRESS_TYPE => self.take_addresses(response),
+            AUTHORIZATION_TYPE => self.take_policies(response),
+            other => {
+                tracing::error!("the control plane sent resources of unknown type {other}");
+                Vec::new()
+            }
+        };
+        let error_detail = (!rejected.is_empty()).then(|| {
+            let message = rejected.join("; ");
+            tracing::error!("rejected resources of the control plane: {message}");
+            Refusal {
+                code: 0,
+                message,
+                details: Vec::new(),
+            }
+        });
+        DeltaDiscoveryRequest {
+            type_url,
+            response_nonce: nonce,
+            error_detail,
+            ..Default::default()
+        }
+    }
+
+    fn take_addresses(&mut self, response: DeltaDiscoveryResponse) -> Vec<String> {
+        let (mut upserts, mut rejected) = (Vec::new(), Vec::new());
+        let removals = response.removed_resources;
+        removals
+            .iter()
+            .for_each(|name| drop(self.held[0].remove(name)));
+        for resource in response.resources {
+            let read = decode::<workload::Address>(&resource).and_then(resources::address);
+            note(
+                &mut self.held[0],
+                &mut rejected,
+                resource.name,
+                resource.version,
+                read.map(|read| upserts.push(read)),
+            );
+        }
+        let changes = self.store.apply_addresses(upserts, &removals);
+        self.publish(0, rejected.is_empty());
+        changes
+            .wanted
+            .iter()
+            .for_each(|identity| self.certificates.prefetch(identity));
+        changes
+            .unwanted
+            .iter()
+            .for_each(|identity| self.certificates.forget(identity));
+        rejected
+    }
+
+    fn take_policies(&mut self, response: DeltaDiscoveryResponse) -> Vec<String> {
+        let (mut upserts, mut rejected) = (Vec::new(), Vec::new());
+        for name in &response.removed_resources {
+            tracing::info!("handling RBAC delete {name}");
+            self.held[1].remove(name);
+        }
+        for resource in response.resources {
+            let read = decode::<security::Authorization>(&resource);
+            let read = read
+                .and_then(|record| policies::policy(&resource.name, record))
+                .map(|read| {
+                    tracing::info!("handling RBAC update {}", read.policy.name);
+                    for warning in &read.warnings {
+                        tracing::warn!("policy {}: {warning}; it opens nothing", resource.name);
+                    }
+                    upserts.push(read.policy);
+                });
+            note(
+                &mut self.held[1],
+                &mut rejected,
+                resource.name,
+                resource.version,
+                read,
+            );
+        }
+        self.store
+            .apply_policies(upserts, &response.removed_resources);
+        // A policy that was refused might have been a denial: until all are understood once, nobody is let in.
+        if rejected.is_empty() {
+            self.store.set_policies_synced();
+        }
+        self.publish(1, rejected.is_empty());
+        rejected
+    }
+
+    fn publish(&mut self, index: usize, accepted: bool) {
+        self.mesh.publish(self.store.snapshot());
+        self.complete[index] |= accepted;
+        if self.complete == [true; 2]
+            && let Some(synced) = self.synced.take()
+        {
+            synced();
+        }
+    }
+}
+
+/// Notes a resource as held or refused.
+fn note(
+    held: &mut BTreeMap<String, String>,
+    rejected: &mut Vec<String>,
+    name: String,
+    version: String,
+    read: Result<(), String>,
+) {
+    match read {
+        Ok(()) => {
+            held.insert(name, version);
+        }
+        Err(error) => {
+            held.remove(&name);
+            rejected.push(format!("{name}: {error}"));
+        }
+    }
+}
+
+fn decode<M: Message + Default>(resource: &crate::proto::discovery::Resource) -> Result<M, String> {
+    let any = resource.resource.as_ref().ok_or("the resource is empty")?;
+    M::decode(&*any.value).map_err(|error| format!("cannot be decoded: {error}"))
+}
+
+async fn next(
+    responses: &mut Streaming<DeltaDiscoveryResponse>,
+) -> Result<Option<DeltaDiscoveryResponse>, Status> {
+    responses.message().await
+}
+
+/// Whether a status only means that the connection is to be made anew.
+fn is_reconnect(status: &Status) -> bool {
+    match status.code() {
+        Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => true,
+        Code::Unavailable => ["transport is closing", "received prior goaway"]
+            .iter()
+            .any(|text| status.message().contains(text)),
+        _ => false,
+    }
+}
+
+fn hint(message: &str) -> &'static str {
+    if message.contains("authentication failure") {
+        " (hint: check the control plane logs for more information)"
+    } else if message.contains("failed to lookup address") || message.contains("dns error") {
+        " (hint: is the DNS server reachable?)"
+    } else {
+        ""
+    }
+}
+
+fn node(config: &Config) -> Node {
+    let text = |value: &str| Value {
+        kind: Some(Kind::StringValue(value.to_string())),
+    };
+    let mut fields = BTreeMap::new();
+    for (name, value) in [
+        ("NAME", &config.pod_name),
+        ("NAMESPACE", &config.pod_namespace),
+        ("INSTANCE_IPS", &config.instance_ip),
+        ("NODE_NAME", &config.node),
+    ] {
+        fields.insert(name.to_string(), text(value));
+    }
+    for (name, value) in &config.metadata {
+        fields.insert(name.clone(), text(value));
+    }
+    for (name, value) in &config.metadata_json {
+        fields.insert(name.clone(), json(value));
+    }
+    let (ip, pod, namespace) = (&config.instance_ip, &config.pod_name, &config.pod_namespace);
+    Node {
+        id: format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
+        cluster: String::new(),
+        metadata: Some(Struct { fields }),
+    }
+}
+
+fn json(value: &serde_json::Value) -> Value {
+    let kind = match value {
+        serde_json::Value::Null => Kind::NullValue(0),
+        serde_json::Value::Bool(value) => Kind::BoolValue(*value),
+        serde_json::Value::Number(value) => Kind::NumberValue(value.as_f64().unwrap_or_default()),
+        serde_json::Value::String(value) => Kind::StringValue(value.clone()),
+        serde_json::Value::Array(values) => Kind::ListValue(prost_types::ListValue {
+            values: values.iter().map(json).collect(),
+        }),
+        serde_json::Value::Object(fields) => Kind::StructValue(Struct {
+            fields: fields
+                .iter()
+                .map(|(name, value)| (name.clone(), json(value)))
+                .collect(),
+        }),
+    };
+    Value { kind: Some(kind) }
+}
