@@ -1,1 +1,5 @@
-//! DNS answers for captured pods.
+//! DNS answers for captured pods: services from the mesh, the rest from the upstream servers.
+
+pub mod answer;
+pub mod forward;
+pub mod server;

@@ -221,6 +221,29 @@ pub async fn connect(
     }
 }
 
+/// A UDP socket in a pod's namespace, connected to a server.
+///
+/// # Errors
+/// The kernel's error.
+pub fn udp(
+    netns: &PodNetns,
+    config: &Config,
+    server: SocketAddr,
+) -> io::Result<tokio::net::UdpSocket> {
+    let socket = netns.run(|| {
+        let socket = Socket::new(
+            Domain::for_address(server),
+            Type::DGRAM,
+            Some(Protocol::UDP),
+        )?;
+        mark(&socket, config)?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&server.into())?;
+        Ok(socket)
+    })?;
+    tokio::net::UdpSocket::from_std(socket.into())
+}
+
 /// Makes a connection come from a foreign address; if that fails it comes from the pod's own.
 fn take_source(socket: &Socket, source: IpAddr) {
     let options = match source {

@@ -154,7 +154,8 @@ impl Pod {
         ))
     }
 
-    fn known_workload(&self) -> Option<Arc<Workload>> {
+    /// The pod's own workload record, if it has arrived.
+    pub fn known_workload(&self) -> Option<Arc<Workload>> {
         let PodSpec {
             name,
             namespace,

@@ -1,0 +1,282 @@
+//! What a name means to a client in the mesh.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::mesh::Mesh;
+use crate::mesh::service::{HealthPolicy, IpFamilies, Service};
+use crate::mesh::snapshot::is_visible;
+use crate::mesh::workload::{HealthStatus, Workload};
+
+/// What resolving depends on besides the mesh.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The cluster's domain, `cluster.local` for example.
+    pub domain: String,
+    /// Whose services win among those of one name.
+    pub preferred_namespace: Option<String>,
+    pub ipv6: bool,
+}
+
+/// What is answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// The mesh does not know the name.
+    Forward,
+    /// The name is known; there may be no address of the family asked for.
+    Known {
+        /// The name that owns the addresses, when it is another than the one asked for.
+        alias: Option<String>,
+        addresses: Vec<IpAddr>,
+    },
+}
+
+struct Alias {
+    name: String,
+    /// The name without a search domain that the client appended.
+    stripped: Option<String>,
+}
+
+/// Resolves a name (lower case, without the final dot) for a client to IPv6 (`v6`) or IPv4 addresses.
+pub fn resolve(
+    mesh: &Mesh,
+    settings: &Settings,
+    client: &Workload,
+    name: &str,
+    v6: bool,
+) -> Resolution {
+    for alias in aliases(name, &client.namespace, &settings.domain) {
+        for candidate in candidates(&alias.name) {
+            let Some(service) = find(mesh, settings, client, &candidate) else {
+                continue;
+            };
+            let wildcard = candidate.starts_with("*.");
+            return Resolution::Known {
+                alias: alias.stripped.filter(|_| !wildcard),
+                addresses: addresses(mesh, settings, client, service, v6),
+            };
+        }
+    }
+    Resolution::Forward
+}
+
+fn aliases(name: &str, namespace: &str, domain: &str) -> Vec<Alias> {
+    let mut all: Vec<Alias> = Vec::new();
+    let mut add = |name: String, stripped: Option<&str>| {
+        if !all.iter().any(|known| known.name == name) {
+            all.push(Alias {
+                name,
+                stripped: stripped.map(str::to_string),
+            });
+        }
+    };
+    add(name.to_string(), None);
+    for expanded in expansions(name, namespace, domain) {
+        add(expanded, None);
+    }
+    for search in [
+        format!("{namespace}.svc.{domain}"),
+        format!("svc.{domain}"),
+        domain.to_string(),
+    ] {
+        let Some(stripped) = name
+            .strip_suffix(&search)
+            .and_then(|rest| rest.strip_suffix('.'))
+        else {
+            continue;
+        };
+        add(stripped.to_string(), Some(stripped));
+        for expanded in expansions(stripped, namespace, domain) {
+            add(expanded, Some(stripped));
+        }
+    }
+    all
+}
+
+/// The full names that a short Kubernetes name may stand for.
+fn expansions(name: &str, namespace: &str, domain: &str) -> Vec<String> {
+    let labels: Vec<&str> = name.split('.').collect();
+    match labels[..] {
+        [service] => vec![format!("{service}.{namespace}.svc.{domain}")],
+        [a, b] => vec![
+            format!("{a}.{b}.svc.{domain}"),
+            format!("{a}.{b}.{namespace}.svc.{domain}"),
+        ],
+        [a, b, "svc"] => vec![
+            format!("{a}.{b}.svc.{domain}"),
+            format!("{a}.{b}.svc.svc.{domain}"),
+        ],
+        [a, b, c] => vec![format!("{a}.{b}.{c}.svc.{domain}")],
+        [a, b, c, "svc"] => vec![format!("{a}.{b}.{c}.svc.{domain}")],
+        _ => Vec::new(),
+    }
+}
+
+/// The name itself, then the wildcards that cover it, the closest first.
+fn candidates(name: &str) -> impl Iterator<Item = String> {
+    let rests = name
+        .match_indices('.')
+        .map(|(at, _)| format!("*{}", &name[at..]));
+    std::iter::once(name.to_string()).chain(rests)
+}
+
+fn find<'a>(
+    mesh: &'a Mesh,
+    settings: &Settings,
+    client: &Workload,
+    hostname: &str,
+) -> Option<&'a Arc<Service>> {
+    let preferred = settings.preferred_namespace.as_deref();
+    let service = mesh.best_by_hostname(hostname, Some(&client.namespace), preferred)?;
+    let kubernetes = || {
+        service
+            .hostname
+            .ends_with(&format!(".svc.{}", settings.domain))
+    };
+    (is_visible(service, Some(&client.namespace)) && (!service.vips.is_empty() || kubernetes()))
+        .then_some(service)
+}
+
+fn addresses(
+    mesh: &Mesh,
+    settings: &Settings,
+    client: &Workload,
+    service: &Service,
+    v6: bool,
+) -> Vec<IpAddr> {
+    let served = match service.ip_families {
+        None | Some(IpFamilies::Dual) => true,
+        Some(IpFamilies::Ipv4) => !v6,
+        Some(IpFamilies::Ipv6) => v6,
+    };
+    if !served || (v6 && !settings.ipv6) {
+        return Vec::new();
+    }
+    let wanted = |ip: &IpAddr| ip.is_ipv6() == v6;
+    if !service.vips.is_empty() {
+        let vips = service
+            .vips
+            .iter()
+            .filter(|vip| vip.network == client.network);
+        return vips.map(|vip| vip.address).filter(wanted).collect();
+    }
+    let any_health = service
+        .load_balancer
+        .as_ref()
+        .is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
+    let endpoints = mesh
+        .service_entry(&service.key())
+        .into_iter()
+        .flat_map(|entry| entry.endpoints.iter());
+    endpoints
+        .filter(|endpoint| any_health || endpoint.status == HealthStatus::Healthy)
+        .filter_map(|endpoint| mesh.workload_by_uid(&endpoint.workload_uid))
+        .filter_map(|workload| workload.addresses.iter().copied().find(wanted))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::service::Visibility;
+    use crate::mesh::store::AddressResource as Resource;
+    use crate::mesh::testing::{mesh, pod, service, serving};
+    use std::sync::Arc;
+
+    fn settings() -> Settings {
+        Settings {
+            domain: "cluster.local".into(),
+            preferred_namespace: None,
+            ipv6: true,
+        }
+    }
+
+    fn world() -> Arc<Mesh> {
+        let web = service("b", "web", "10.96.0.1");
+        let mut headless = service("b", "db", "10.96.0.2");
+        headless.vips.clear();
+        let mut wildcard = service("b", "wild", "10.96.0.3");
+        wildcard.hostname = "*.example.com".into();
+        let mut hidden = service("b", "hidden", "10.96.0.4");
+        hidden.visibility = Visibility::Namespace;
+        let mut external = service("b", "ext", "10.96.0.5");
+        external.hostname = "ext.example.org".into();
+        external.vips.clear();
+        let mut dual = service("a", "dual", "10.96.0.6");
+        let mut v6 = dual.vips[0].clone();
+        v6.address = "fd00::6".parse().unwrap();
+        dual.vips.push(v6);
+        let mut sick = serving(pod("b", "sick", "10.0.0.8"), &headless);
+        sick.status = HealthStatus::Unhealthy;
+        let db = serving(pod("b", "db", "10.0.0.9"), &headless);
+        let services = [web, headless, wildcard, hidden, external, dual].map(Resource::Service);
+        mesh(
+            services
+                .into_iter()
+                .chain([sick, db].map(Resource::Workload))
+                .collect(),
+        )
+    }
+
+    /// What a client in namespace `a` is told, in short.
+    fn told(name: &str, v6: bool) -> String {
+        match resolve(
+            &world(),
+            &settings(),
+            &pod("a", "curl", "10.0.0.1"),
+            name,
+            v6,
+        ) {
+            Resolution::Forward => "forward".to_string(),
+            Resolution::Known { alias, addresses } => {
+                let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+                format!("{}[{}]", alias.unwrap_or_default(), addresses.join(","))
+            }
+        }
+    }
+
+    #[test]
+    fn names_resolve_in_every_form_a_client_may_use() {
+        let cases = [
+            ("web.b.svc.cluster.local", "[10.96.0.1]"),
+            ("web.b", "[10.96.0.1]"),
+            ("web.b.svc", "[10.96.0.1]"),
+            ("web", "forward"),
+            ("dual", "[10.96.0.6]"),
+            ("web.b.a.svc.cluster.local", "web.b[10.96.0.1]"),
+            ("web.b.svc.svc.cluster.local", "web.b.svc[10.96.0.1]"),
+            ("web.b.cluster.local", "web.b[10.96.0.1]"),
+            ("db.b.svc.cluster.local", "[10.0.0.9]"),
+            ("any.example.com", "[10.96.0.3]"),
+            ("deep.any.example.com", "[10.96.0.3]"),
+            ("example.com", "forward"),
+            ("any.example.com.a.svc.cluster.local", "[10.96.0.3]"),
+            ("ext.example.org", "forward"),
+            ("hidden.b.svc.cluster.local", "forward"),
+            ("nothing.b.svc.cluster.local", "forward"),
+            ("www.example.net", "forward"),
+        ];
+        for (name, expected) in cases {
+            assert_eq!(told(name, false), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_family_that_is_not_there_is_empty_not_unknown() {
+        assert_eq!(told("web.b", true), "[]");
+        assert_eq!(told("dual.a", true), "[fd00::6]");
+        let without = Settings {
+            ipv6: false,
+            ..settings()
+        };
+        let client = pod("a", "curl", "10.0.0.1");
+        let resolved = resolve(&world(), &without, &client, "dual.a", true);
+        assert_eq!(
+            resolved,
+            Resolution::Known {
+                alias: None,
+                addresses: vec![]
+            }
+        );
+    }
+}
