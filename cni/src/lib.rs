@@ -1,3 +1,12 @@
 //! Capture: the rules in a pod's network namespace, and the protocol that hands pods to the proxy.
 
+pub mod capture;
+pub mod iptables;
+pub mod netns;
+pub mod render;
+mod routes;
+pub mod rules;
 pub mod zds;
+
+pub use capture::{CaptureError, Outcome, capture, remove, verify};
+pub use rules::CaptureConfig;

@@ -1,0 +1,214 @@
+//! The rules written down for iptables.
+
+use std::fmt::Write;
+
+use crate::rules::{
+    CaptureConfig, DNS_PORT, DNS_ZONE, Family, HBONE_PORT, Hook, MARK_MASK, OUTBOUND_PORT,
+    PLAINTEXT_PORT, PROXY_MARK, Rule, SPOOFED_MARK, Table, plan, tables,
+};
+
+/// What the names of our chains begin with.
+pub const CHAIN_PREFIX: &str = "ISTIO_";
+
+/// A table's name.
+pub fn table(table: Table) -> &'static str {
+    match table {
+        Table::Mangle => "mangle",
+        Table::Nat => "nat",
+        Table::Raw => "raw",
+    }
+}
+
+/// Our chain of a hook.
+pub fn chain(hook: Hook) -> &'static str {
+    match hook {
+        Hook::Prerouting => "ISTIO_PRERT",
+        Hook::Output => "ISTIO_OUTPUT",
+    }
+}
+
+fn builtin(hook: Hook) -> &'static str {
+    match hook {
+        Hook::Prerouting => "PREROUTING",
+        Hook::Output => "OUTPUT",
+    }
+}
+
+/// A rule as chain and conditions, as they stand behind `-A`, `-C` or `-D`.
+pub fn rule(rule: &Rule, family: Family, config: &CaptureConfig) -> String {
+    let (loopback, probe) = match family {
+        Family::V4 => ("127.0.0.1/32", format!("{}/32", config.probe_v4)),
+        Family::V6 => ("::1/128", format!("{}/128", config.probe_v6)),
+    };
+    let proxy = format!("{PROXY_MARK:#x}/{MARK_MASK:#x}");
+    let spoofed = format!("{SPOOFED_MARK:#x}/{MARK_MASK:#x}");
+    let text = match rule {
+        Rule::Jump(_, hook) => return format!("{} -j {}", builtin(*hook), chain(*hook)),
+        Rule::RememberSpoofed => {
+            format!("-m mark --mark {proxy} -j CONNMARK --set-xmark {spoofed}")
+        }
+        Rule::RestoreSpoofed => format!(
+            "-m connmark --mark {spoofed} -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
+        ),
+        Rule::RedirectInterface(name) => {
+            format!("-i {name} -p tcp -j REDIRECT --to-ports {OUTBOUND_PORT}")
+        }
+        Rule::ReturnInterface(name) => format!("-i {name} -p tcp -j RETURN"),
+        Rule::AcceptFromProbe => format!("-s {probe} -p tcp -m tcp -j ACCEPT"),
+        Rule::AcceptToProbe => format!("-d {probe} -p tcp -m tcp -j ACCEPT"),
+        Rule::RedirectInbound => format!(
+            "! -d {loopback} -p tcp ! --dport {HBONE_PORT} -m mark ! --mark {proxy} -j REDIRECT --to-ports {PLAINTEXT_PORT}"
+        ),
+        Rule::RedirectDnsUdp => format!(
+            "! -o lo -p udp -m mark ! --mark {proxy} -m udp --dport 53 -j REDIRECT --to-port {DNS_PORT}"
+        ),
+        Rule::RedirectDnsTcp => format!(
+            "! -d {loopback} -p tcp --dport 53 -m mark ! --mark {proxy} -j REDIRECT --to-ports {DNS_PORT}"
+        ),
+        Rule::AcceptSpoofed => format!("-p tcp -m mark --mark {spoofed} -j ACCEPT"),
+        Rule::AcceptLocal => format!("! -d {loopback} -o lo -j ACCEPT"),
+        Rule::RedirectOutbound => {
+            format!(
+                "! -d {loopback} -p tcp -m mark ! --mark {proxy} -j REDIRECT --to-ports {OUTBOUND_PORT}"
+            )
+        }
+        Rule::ZoneProxyQueries => {
+            format!("-p udp -m mark --mark {proxy} -m udp --dport 53 -j CT --zone {DNS_ZONE}")
+        }
+        Rule::ZoneAnswers => {
+            format!("-p udp -m mark ! --mark {proxy} -m udp --sport 53 -j CT --zone {DNS_ZONE}")
+        }
+    };
+    format!("{} {text}", chain(rule.hook()))
+}
+
+/// All rules of a family as input for `iptables-restore --noflush`.
+pub fn restore(family: Family, config: &CaptureConfig) -> String {
+    let rules = plan(config);
+    let mut text = String::new();
+    for known in tables(config) {
+        let _ = writeln!(text, "* {}\n-N ISTIO_OUTPUT\n-N ISTIO_PRERT", table(*known));
+        for planned in rules.iter().filter(|planned| planned.table() == *known) {
+            let _ = writeln!(text, "-A {}", rule(planned, family, config));
+        }
+        text.push_str("COMMIT\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_set_with_dns() {
+        let expected = "\
+* mangle
+-N ISTIO_OUTPUT
+-N ISTIO_PRERT
+-A PREROUTING -j ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff
+-A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff
+COMMIT
+* nat
+-N ISTIO_OUTPUT
+-N ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A PREROUTING -j ISTIO_PRERT
+-A ISTIO_PRERT -s 169.254.7.127/32 -p tcp -m tcp -j ACCEPT
+-A ISTIO_OUTPUT -d 169.254.7.127/32 -p tcp -m tcp -j ACCEPT
+-A ISTIO_PRERT ! -d 127.0.0.1/32 -p tcp ! --dport 15008 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15006
+-A ISTIO_OUTPUT ! -o lo -p udp -m mark ! --mark 0x539/0xfff -m udp --dport 53 -j REDIRECT --to-port 15053
+-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp --dport 53 -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15053
+-A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
+-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -j ACCEPT
+-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001
+COMMIT
+* raw
+-N ISTIO_OUTPUT
+-N ISTIO_PRERT
+-A PREROUTING -j ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_OUTPUT -p udp -m mark --mark 0x539/0xfff -m udp --dport 53 -j CT --zone 1
+-A ISTIO_PRERT -p udp -m mark ! --mark 0x539/0xfff -m udp --sport 53 -j CT --zone 1
+COMMIT
+";
+        assert_eq!(restore(Family::V4, &CaptureConfig::default()), expected);
+        let v6 = expected.replace("127.0.0.1/32", "::1/128").replace(
+            "169.254.7.127/32",
+            "fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128",
+        );
+        assert_eq!(restore(Family::V6, &CaptureConfig::default()), v6);
+    }
+
+    /// The rules of nat's two chains, in short.
+    fn nat(config: &CaptureConfig) -> (Vec<&'static str>, Vec<&'static str>) {
+        let name = |rule: &Rule| match rule {
+            Rule::RedirectInterface(_) => "redirect-if",
+            Rule::ReturnInterface(_) => "return-if",
+            Rule::AcceptFromProbe => "from-probe",
+            Rule::AcceptToProbe => "to-probe",
+            Rule::RedirectInbound => "inbound",
+            Rule::RedirectDnsUdp => "dns-udp",
+            Rule::RedirectDnsTcp => "dns-tcp",
+            Rule::AcceptSpoofed => "spoofed",
+            Rule::AcceptLocal => "local",
+            Rule::RedirectOutbound => "outbound",
+            _ => "other",
+        };
+        let rules = plan(config);
+        let of = |hook| {
+            let in_chain = |rule: &&Rule| {
+                rule.table() == Table::Nat && rule.hook() == hook && !matches!(rule, Rule::Jump(..))
+            };
+            rules.iter().filter(in_chain).map(name).collect()
+        };
+        (of(Hook::Prerouting), of(Hook::Output))
+    }
+
+    #[test]
+    fn each_variant_has_its_rules_in_order() {
+        let plain = CaptureConfig::default();
+        let with_dns = vec![
+            "to-probe", "dns-udp", "dns-tcp", "spoofed", "local", "outbound",
+        ];
+        let without_dns = vec!["to-probe", "spoofed", "local", "outbound"];
+        let interfaces = vec!["a".to_string(), "b".to_string()];
+        let both = ["redirect-if", "return-if", "redirect-if", "return-if"];
+        let no_dns = CaptureConfig {
+            dns: false,
+            ..plain.clone()
+        };
+        let bypass = CaptureConfig {
+            bypass_inbound: true,
+            ..plain.clone()
+        };
+        let virtuals = CaptureConfig {
+            virtual_interfaces: interfaces.clone(),
+            ..plain.clone()
+        };
+        let bypass_virtuals = CaptureConfig {
+            virtual_interfaces: interfaces,
+            ..bypass.clone()
+        };
+        assert_eq!(
+            nat(&plain),
+            (vec!["from-probe", "inbound"], with_dns.clone())
+        );
+        assert_eq!(nat(&no_dns), (vec!["from-probe", "inbound"], without_dns));
+        assert_eq!(nat(&bypass), (vec![], with_dns.clone()));
+        assert_eq!(
+            nat(&virtuals),
+            (
+                [&both[..], &["from-probe", "inbound"]].concat(),
+                with_dns.clone()
+            )
+        );
+        assert_eq!(nat(&bypass_virtuals), (both.to_vec(), with_dns));
+        assert_eq!(tables(&no_dns), [Table::Mangle, Table::Nat]);
+        assert!(!plan(&no_dns).iter().any(|rule| rule.table() == Table::Raw));
+        let text = restore(Family::V4, &virtuals);
+        assert!(text.contains("-A ISTIO_PRERT -i a -p tcp -j REDIRECT --to-ports 15001\n-A ISTIO_PRERT -i a -p tcp -j RETURN\n"));
+    }
+}
