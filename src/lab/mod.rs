@@ -1,5 +1,9 @@
 //! A whole mesh on one machine.
 
+mod container;
+mod manifest;
+mod names;
+mod plan;
 mod serve;
 
 use std::process::ExitCode;
