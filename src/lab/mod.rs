@@ -1,10 +1,17 @@
 //! A whole mesh on one machine.
 
+mod addresses;
 mod container;
+mod links;
 mod manifest;
 mod names;
+mod namespaces;
 mod plan;
+mod progress;
+mod sandbox;
 mod serve;
+mod state;
+mod topology;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,173 @@
+//! A pod's or node's namespaces: made on a thread of their own, kept by file descriptor, entered on demand.
+
+use std::fs::File;
+use std::io::{Error, Result};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// Files that a namespace shows instead of the machine's own.
+#[derive(Clone, Debug, Default)]
+pub struct Etc {
+    /// Name in `/etc` and content.
+    pub files: Vec<(&'static str, String)>,
+}
+
+impl Etc {
+    /// Name resolution through `server` with `search`, and `addresses` in the hosts file.
+    pub fn resolver(server: &str, search: &str, addresses: &[(String, String)]) -> Self {
+        let mut hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost\n".to_owned();
+        for (address, name) in addresses {
+            hosts.push_str(&format!("{address}\t{name}\n"));
+        }
+        let mut resolv = format!("nameserver {server}\n");
+        if !search.is_empty() {
+            resolv.push_str(&format!("search {search}\noptions ndots:5\n"));
+        }
+        Self {
+            files: vec![
+                ("resolv.conf", resolv),
+                ("hosts", hosts),
+                (
+                    "nsswitch.conf",
+                    "passwd: files\ngroup: files\nhosts: files dns\n".to_owned(),
+                ),
+            ],
+        }
+    }
+}
+
+/// A network and a mount namespace that live as long as this value or a process in them.
+#[derive(Clone, Debug)]
+pub struct Namespaces {
+    network: Arc<OwnedFd>,
+    mounts: Arc<OwnedFd>,
+}
+
+impl Namespaces {
+    /// Makes fresh namespaces; `folder` keeps the files of `etc`.
+    ///
+    /// # Errors
+    /// What the kernel or the file system says, with the step that failed.
+    pub fn create(folder: &Path, etc: &Etc) -> Result<Self> {
+        for (name, content) in &etc.files {
+            std::fs::write(folder.join(name), content)?;
+        }
+        let names: Vec<&'static str> = etc.files.iter().map(|(name, _)| *name).collect();
+        on_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+            private_mounts()?;
+            hide_run(&names)?;
+            for name in &names {
+                match std::fs::canonicalize(Path::new("/etc").join(name)) {
+                    Ok(target) => bind(&folder.join(name), &target)?,
+                    // Without this file the C library asks files, then DNS, as wanted.
+                    Err(_) if *name == "nsswitch.conf" => {}
+                    Err(e) => return Err(step(&format!("/etc/{name}"), &e)),
+                }
+            }
+            set("net/ipv4/conf/all/rp_filter", "0")?;
+            set("net/ipv4/conf/default/rp_filter", "0")?;
+            // Where IPv6 is compiled out there is nothing to switch off.
+            let _ = set("net/ipv6/conf/all/disable_ipv6", "1");
+            let _ = set("net/ipv6/conf/default/disable_ipv6", "1");
+            super::links::Links::open()?.up("lo")?;
+            Ok(Self {
+                network: Arc::new(File::open("/proc/thread-self/ns/net")?.into()),
+                mounts: Arc::new(File::open("/proc/thread-self/ns/mnt")?.into()),
+            })
+        })
+    }
+
+    pub fn network(&self) -> BorrowedFd<'_> {
+        self.network.as_fd()
+    }
+
+    pub fn mounts(&self) -> BorrowedFd<'_> {
+        self.mounts.as_fd()
+    }
+
+    /// Runs `work` on a thread inside the network namespace and waits for it.
+    ///
+    /// # Errors
+    /// Those of `work`, and what the kernel says.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        on_thread(|| {
+            setns(self.network(), CloneFlags::CLONE_NEWNET)?;
+            work()
+        })
+    }
+
+    /// Lets this namespace pass packets on.
+    pub fn forward(&self) -> Result<()> {
+        self.run(|| set("net/ipv4/ip_forward", "1"))
+    }
+}
+
+/// Keeps mounts of this namespace to itself.
+pub fn private_mounts() -> Result<()> {
+    let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
+        .map_err(|e| step("making mounts private", &e.into()))
+}
+
+/// Puts an empty `/run` over the machine's, so that no resolver or name service cache answers by its socket.
+fn hide_run(etc: &[&str]) -> Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(
+        Some("tmpfs"),
+        "/run",
+        Some("tmpfs"),
+        flags,
+        Some("mode=755,size=4m"),
+    )
+    .map_err(|e| step("hiding /run", &e.into()))?;
+    for name in etc {
+        // resolv.conf is often a link into /run, which now leads nowhere.
+        let path = Path::new("/etc").join(name);
+        if let Ok(link) = std::fs::read_link(&path) {
+            let target = Path::new("/etc").join(link);
+            if !target.exists() {
+                if let Some(folder) = target.parent() {
+                    std::fs::create_dir_all(folder).map_err(|e| step("/etc link", &e))?;
+                }
+                File::create(&target).map_err(|e| step(&target.display().to_string(), &e))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn bind(source: &Path, target: &Path) -> Result<()> {
+    mount(
+        Some(source),
+        target,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .map_err(|e| step(&format!("mounting over {}", target.display()), &e.into()))
+}
+
+/// Writes a kernel setting of the calling thread's namespaces.
+pub fn set(name: &str, value: &str) -> Result<()> {
+    std::fs::write(Path::new("/proc/sys").join(name), value).map_err(|e| step(name, &e))
+}
+
+fn step(what: &str, reason: &Error) -> Error {
+    Error::new(reason.kind(), format!("{what}: {reason}"))
+}
+
+/// Runs `work` on a thread of its own, whose namespaces it may change.
+fn on_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("namespace".into())
+            .spawn_scoped(scope, work)?
+            .join()
+            .map_err(|_| Error::other("a thread in a namespace panicked"))?
+    })
+}
