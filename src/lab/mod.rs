@@ -3,10 +3,12 @@
 mod addresses;
 mod container;
 mod links;
+mod live;
 mod manifest;
 mod names;
 mod namespaces;
 mod plan;
+mod process;
 mod progress;
 mod sandbox;
 mod serve;

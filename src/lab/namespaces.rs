@@ -86,10 +86,6 @@ impl Namespaces {
         self.network.as_fd()
     }
 
-    pub fn mounts(&self) -> BorrowedFd<'_> {
-        self.mounts.as_fd()
-    }
-
     /// Runs `work` on a thread inside the network namespace and waits for it.
     ///
     /// # Errors
@@ -97,6 +93,20 @@ impl Namespaces {
     pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         on_thread(|| {
             setns(self.network(), CloneFlags::CLONE_NEWNET)?;
+            work()
+        })
+    }
+
+    /// Runs `work` on a thread inside both namespaces; what it starts stays in them.
+    ///
+    /// # Errors
+    /// Those of `work`, and what the kernel says.
+    pub fn run_inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        on_thread(|| {
+            // A mount namespace can only be entered by a thread that shares its root with no other.
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(self.network(), CloneFlags::CLONE_NEWNET)?;
+            setns(self.mounts.as_fd(), CloneFlags::CLONE_NEWNS)?;
             work()
         })
     }
