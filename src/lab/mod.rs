@@ -2,6 +2,7 @@
 
 mod addresses;
 mod container;
+mod dns;
 mod links;
 mod live;
 mod manifest;
@@ -12,8 +13,10 @@ mod process;
 mod progress;
 mod sandbox;
 mod serve;
+mod service_rules;
 mod state;
 mod topology;
+mod wire;
 
 use std::process::ExitCode;
 
