@@ -1,20 +1,31 @@
 //! A whole mesh on one machine.
 
 mod addresses;
+mod agent;
+mod capture;
+mod cluster;
+mod components;
 mod container;
+mod daemon;
 mod dns;
+mod health;
 mod links;
 mod live;
 mod manifest;
 mod names;
 mod namespaces;
 mod plan;
+mod pod;
 mod process;
 mod progress;
 mod sandbox;
 mod serve;
+mod server;
 mod service_rules;
+mod services;
+mod sniff;
 mod state;
+mod status;
 mod topology;
 mod wire;
 

@@ -3,11 +3,14 @@
 use std::fs::File;
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Files that a namespace shows instead of the machine's own.
 #[derive(Clone, Debug, Default)]
@@ -109,6 +112,31 @@ impl Namespaces {
             setns(self.mounts.as_fd(), CloneFlags::CLONE_NEWNS)?;
             work()
         })
+    }
+
+    /// Ends every process that is in the network namespace.
+    pub fn kill_all(&self) {
+        let Ok(own) = nix::sys::stat::fstat(self.network()) else {
+            return;
+        };
+        // Where /proc is the machine's, its numbers mean nothing here.
+        let shown = std::fs::read_link("/proc/self").unwrap_or_default();
+        if shown.to_str() != Some(std::process::id().to_string().as_str()) {
+            return;
+        }
+        for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok())
+            else {
+                continue;
+            };
+            let found = std::fs::metadata(entry.path().join("ns/net"));
+            if found.is_ok_and(|f| (f.dev(), f.ino()) == (own.st_dev, own.st_ino)) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
     }
 
     /// Lets this namespace pass packets on.

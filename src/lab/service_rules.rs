@@ -1,6 +1,5 @@
 //! Cluster addresses for pods outside the mesh: what kube-proxy does in a cluster, as rules of each node.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{Error, ErrorKind, Result, Write as _};
 use std::net::Ipv4Addr;
@@ -48,9 +47,10 @@ pub fn render(ports: &[ServicePort]) -> String {
 /// # Errors
 /// When iptables is missing or refuses.
 pub fn prepare(node: &Namespaces) -> Result<()> {
-    restore(
+    let jumps = "-A PREROUTING -j LAB_SERVICES\n-A OUTPUT -j LAB_SERVICES\n";
+    run(
         node,
-        &["-A PREROUTING -j LAB_SERVICES", "-A OUTPUT -j LAB_SERVICES"].join("\n"),
+        &format!("*nat\n:LAB_SERVICES - [0:0]\n{jumps}COMMIT\n"),
     )
 }
 
@@ -60,13 +60,6 @@ pub fn prepare(node: &Namespaces) -> Result<()> {
 /// When iptables is missing or refuses.
 pub fn apply(node: &Namespaces, ports: &[ServicePort]) -> Result<()> {
     run(node, &render(ports))
-}
-
-fn restore(node: &Namespaces, rules: &str) -> Result<()> {
-    run(
-        node,
-        &format!("*nat\n:LAB_SERVICES - [0:0]\n{rules}\nCOMMIT\n"),
-    )
 }
 
 fn run(node: &Namespaces, text: &str) -> Result<()> {
@@ -97,15 +90,6 @@ fn missing(reason: &Error) -> Error {
         format!("iptables-restore: {reason}")
     };
     Error::new(reason.kind(), text)
-}
-
-/// Ports by service out of its object: port, target and name.
-pub fn target_port(port: &serde_json::Value, named: &BTreeMap<String, u16>) -> Option<u16> {
-    match &port["targetPort"] {
-        serde_json::Value::String(name) => named.get(name).copied(),
-        serde_json::Value::Null => port["port"].as_u64().and_then(|n| n.try_into().ok()),
-        target => target.as_u64().and_then(|n| n.try_into().ok()),
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,185 @@
+//! The state of a lab as a table.
+
+use std::fmt::Write;
+
+use super::cluster::{Cluster, Machine};
+use super::pod::Pod;
+use super::process::Supervised;
+use super::services;
+use super::wire::{Capture, NodeStatus, PodStatus, Process, Status};
+use super::{addresses, health};
+
+/// The deployment that a pod belongs to.
+pub fn deployment(pod: &Pod) -> Option<String> {
+    let metadata = &pod.plan.object["metadata"];
+    let owner = metadata["ownerReferences"][0]["name"].as_str()?;
+    let hash = metadata["labels"]["pod-template-hash"].as_str()?;
+    Some(owner.strip_suffix(hash)?.trim_end_matches('-').to_owned())
+}
+
+/// Looks at everything.
+pub fn collect(cluster: &Cluster) -> Status {
+    let process = |process: &Supervised, ready| Process {
+        ready,
+        restarts: process.state().restarts,
+    };
+    let node = |machine: &Machine| NodeStatus {
+        name: machine.node.name.clone(),
+        address: machine.node.address,
+        proxy: process(&machine.proxy, health::proxy_is_ready(&machine.node)),
+    };
+    let pod = |pod: &Pod| PodStatus {
+        namespace: pod.plan.namespace.clone(),
+        name: pod.plan.name.clone(),
+        deployment: deployment(pod),
+        node: cluster.machines[pod.node].node.name.clone(),
+        address: pod.address,
+        ready: pod.is_ready(),
+        restarts: pod.restarts(),
+        capture: pod.capture.clone(),
+        containers: pod.plan.containers.iter().map(|c| c.name.clone()).collect(),
+    };
+    Status {
+        control: process(&cluster.control, health::control_is_ready()),
+        nodes: cluster.machines.iter().map(node).collect(),
+        pods: cluster.pods.values().map(pod).collect(),
+        services: services::status(cluster),
+    }
+}
+
+/// What is not ready, in words; empty when the lab is up.
+pub fn waiting_for(status: &Status) -> Vec<String> {
+    let mut waiting = Vec::new();
+    if !status.control.ready {
+        waiting.push("the control plane".to_owned());
+    }
+    for node in status.nodes.iter().filter(|n| !n.proxy.ready) {
+        waiting.push(format!("the proxy of {}", node.name));
+    }
+    for pod in &status.pods {
+        let name = format!("pod {}/{}", pod.namespace, pod.name);
+        match &pod.capture {
+            Capture::Failed(reason) => waiting.push(format!("{name} (not captured: {reason})")),
+            _ if !pod.ready => waiting.push(name),
+            _ => {}
+        }
+    }
+    waiting
+}
+
+/// The tables of `warren lab status`.
+pub fn render(status: &Status) -> String {
+    let ready = |ready| if ready { "ready" } else { "not ready" }.to_owned();
+    let mut nodes = vec![
+        ["NODE", "ADDRESS", "PROXY", "RESTARTS"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    let control = format!("{}:{}", addresses::CONTROL, addresses::CONTROL_PORT);
+    nodes.push(vec![
+        "control".into(),
+        control,
+        ready(status.control.ready),
+        status.control.restarts.to_string(),
+    ]);
+    for node in &status.nodes {
+        nodes.push(vec![
+            node.name.clone(),
+            node.address.to_string(),
+            ready(node.proxy.ready),
+            node.proxy.restarts.to_string(),
+        ]);
+    }
+    let head = [
+        "NAMESPACE",
+        "POD",
+        "NODE",
+        "ADDRESS",
+        "READY",
+        "RESTARTS",
+        "CAPTURED",
+    ];
+    let mut pods = vec![head.map(str::to_owned).to_vec()];
+    for pod in &status.pods {
+        pods.push(vec![
+            pod.namespace.clone(),
+            pod.name.clone(),
+            pod.node.clone(),
+            pod.address.to_string(),
+            if pod.ready { "yes" } else { "no" }.into(),
+            pod.restarts.to_string(),
+            match &pod.capture {
+                Capture::Outside => "no".into(),
+                Capture::Captured => "yes".into(),
+                Capture::Failed(reason) => format!("failed: {reason}"),
+            },
+        ]);
+    }
+    let mut services = vec![
+        ["NAMESPACE", "SERVICE", "ADDRESS", "PORTS"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    for service in &status.services {
+        let ports: Vec<String> = service.ports.iter().map(ToString::to_string).collect();
+        services.push(vec![
+            service.namespace.clone(),
+            service.name.clone(),
+            service.address.map_or("none".into(), |a| a.to_string()),
+            ports.join(","),
+        ]);
+    }
+    [table(&nodes), table(&pods), table(&services)].join("\n")
+}
+
+/// Columns as wide as their widest cell.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["A", "BB"], ["ccc", "d"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(table(&rows), "A    BB\nccc  d\n");
+    }
+
+    #[test]
+    fn what_is_not_ready_is_named() {
+        let status = Status {
+            control: Process {
+                ready: true,
+                restarts: 0,
+            },
+            pods: vec![PodStatus {
+                namespace: "a".into(),
+                name: "p".into(),
+                deployment: None,
+                node: "node-0".into(),
+                address: [10, 42, 0, 2].into(),
+                ready: false,
+                restarts: 0,
+                capture: Capture::Outside,
+                containers: vec![],
+            }],
+            ..Status::default()
+        };
+        assert_eq!(waiting_for(&status), ["pod a/p"]);
+        assert!(render(&status).contains("a          p    node-0  10.42.0.2  no"));
+    }
+}
