@@ -1,7 +1,5 @@
 //! The node agent of a lab's node: captures pods and hands them to the node's proxy.
 
-use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use cni::zds::{WorkloadInfo, ZdsServer};
@@ -53,7 +51,7 @@ impl Agent {
 
     fn try_enroll(&self, pod: &Pod) -> Result<(), String> {
         let netns = pod.namespaces.network();
-        super::capture::install(netns)?;
+        super::capture::install(netns, &pod.plan.object)?;
         let netns = netns.try_clone_to_owned().map_err(|e| e.to_string())?;
         let info = WorkloadInfo {
             name: pod.plan.name.clone(),

@@ -1,9 +1,16 @@
-//! A whole mesh on one machine.
+//! A whole mesh on one machine: nodes and pods as network namespaces, with the real parts in between.
+//!
+//! `up` starts a process in new namespaces (`sandbox`), which builds the network (`topology`), starts the
+//! control plane and the proxies (`components`), and keeps pods as the applied objects say (`cluster`). The
+//! other commands speak to it over a socket (`client`, `server`). It is made for a laptop and for tests: images
+//! are not run, and there is no IPv6.
 
 mod addresses;
 mod agent;
 mod capture;
+mod client;
 mod cluster;
+mod commands;
 mod components;
 mod container;
 mod daemon;
@@ -11,6 +18,7 @@ mod dns;
 mod health;
 mod links;
 mod live;
+mod logs;
 mod manifest;
 mod names;
 mod namespaces;
@@ -18,6 +26,7 @@ mod plan;
 mod pod;
 mod process;
 mod progress;
+mod samples;
 mod sandbox;
 mod serve;
 mod server;
@@ -27,32 +36,7 @@ mod sniff;
 mod state;
 mod status;
 mod topology;
+mod up;
 mod wire;
 
-use std::process::ExitCode;
-
-use clap::{Args, Subcommand};
-
-/// Arguments of `warren lab`.
-#[derive(Args, Debug)]
-pub struct LabArgs {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand, Debug)]
-enum Command {
-    /// Run a part of the sample application
-    Serve(serve::ServeArgs),
-}
-
-/// Runs one `warren lab` command.
-///
-/// # Errors
-/// What the command could not do, for an operator.
-pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
-    match arguments.command {
-        Command::Serve(arguments) => serve::run(arguments)?,
-    }
-    Ok(ExitCode::SUCCESS)
-}
+pub use commands::{LabArgs, run};

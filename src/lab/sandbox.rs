@@ -8,12 +8,14 @@ use std::fs::File;
 use std::io::{BufReader, Error};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{getgid, getuid, setsid};
 
@@ -23,22 +25,24 @@ use super::state::StateDir;
 
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
+/// How often a caller that waits for a lab is asked whether it still wants to.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// A lab that is coming up or running.
 #[derive(Debug)]
 pub struct Launched {
     holder: Child,
-    pipe: BufReader<std::process::ChildStdout>,
+    says: Receiver<Progress>,
 }
 
 /// Starts a lab on the folder that `lock` belongs to. A lab that is not `detached` ends with this process.
 ///
 /// # Errors
 /// When the process cannot be started.
-pub fn launch(dir: &StateDir, lock: File, nodes: u8, detached: bool) -> anyhow::Result<Launched> {
+pub fn launch(dir: &StateDir, lock: File, detached: bool) -> anyhow::Result<Launched> {
     let log = File::create(dir.join("lab.log"))?;
     let mut command = Command::new(THIS_PROGRAM);
     command.args(["lab", "hold", "--state"]).arg(dir.path());
-    command.args(["--nodes", &nodes.to_string()]);
     if detached {
         command.arg("--detached");
     }
@@ -49,24 +53,36 @@ pub fn launch(dir: &StateDir, lock: File, nodes: u8, detached: bool) -> anyhow::
         .spawn()
         .context("cannot start the lab's process")?;
     let pipe = holder.stdout.take().context("no pipe from the lab")?;
-    Ok(Launched {
-        holder,
-        pipe: BufReader::new(pipe),
-    })
+    let (sender, says) = channel();
+    std::thread::spawn(move || {
+        let mut pipe = BufReader::new(pipe);
+        while let Some(line) = Progress::next(&mut pipe) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(Launched { holder, says })
 }
 
 impl Launched {
-    /// Passes what the lab says to `show` until it is ready.
+    /// Passes what the lab says to `show` until it is ready, unless the caller does not want it any more.
     ///
     /// # Errors
     /// The sentence with which the lab gave up.
-    pub fn wait_ready(&mut self, mut show: impl FnMut(&str)) -> anyhow::Result<()> {
+    pub fn wait_ready(
+        &mut self,
+        mut unwanted: impl FnMut() -> anyhow::Result<bool>,
+        mut show: impl FnMut(&str),
+    ) -> anyhow::Result<()> {
         loop {
-            match Progress::next(&mut self.pipe) {
-                Some(Progress::Step(text)) => show(&text),
-                Some(Progress::Ready) => return Ok(()),
-                Some(Progress::Failed(reason)) => bail!(reason),
-                None => bail!("the lab ended while it was coming up"),
+            match self.says.recv_timeout(LOOK) {
+                Ok(Progress::Step(text)) => show(&text),
+                Ok(Progress::Ready) => return Ok(()),
+                Ok(Progress::Failed(reason)) => bail!(reason),
+                Err(RecvTimeoutError::Timeout) if unwanted()? => bail!("interrupted"),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => bail!("the lab ended while it came up"),
             }
         }
     }
@@ -95,16 +111,20 @@ impl Launched {
 ///
 /// # Errors
 /// One sentence with the remedy when the kernel refuses.
-pub fn hold(dir: &StateDir, nodes: u8, detached: bool) -> anyhow::Result<ExitCode> {
+pub fn hold(dir: &StateDir, detached: bool) -> anyhow::Result<ExitCode> {
     if !detached {
         set_pdeathsig(Signal::SIGKILL)?;
     }
+    // The command that started this one keeps signals back, and that is inherited.
+    SigSet::all().thread_unblock()?;
     let _ = setsid();
-    enter_namespaces()?;
+    if let Err(reason) = enter_namespaces() {
+        Progress::Failed(reason.to_string()).tell();
+        return Ok(ExitCode::FAILURE);
+    }
     let status = Command::new(THIS_PROGRAM)
         .args(["lab", "init", "--state"])
         .arg(dir.path())
-        .args(["--nodes", &nodes.to_string()])
         .status()
         .context("cannot start the lab's first process")?;
     Ok(if status.success() {
@@ -154,19 +174,21 @@ fn refused(reason: &Error) -> anyhow::Error {
 ///
 /// # Errors
 /// When the lab's mounts or its main process cannot be made.
-pub fn init(dir: &StateDir, nodes: u8) -> anyhow::Result<ExitCode> {
+pub fn init(dir: &StateDir) -> anyhow::Result<ExitCode> {
     set_pdeathsig(Signal::SIGKILL)?;
     if std::process::id() != 1 {
         bail!("warren lab init is started by warren lab up");
     }
-    private_mounts().map_err(|e| refused(&e))?;
+    if let Err(reason) = private_mounts() {
+        Progress::Failed(refused(&reason).to_string()).tell();
+        return Ok(ExitCode::FAILURE);
+    }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     // Inside some containers the kernel refuses this; the outer /proc works as well, only less tidily.
     let _ = mount(Some("proc"), "/proc", Some("proc"), flags, None::<&str>);
     let daemon = Command::new(THIS_PROGRAM)
         .args(["lab", "daemon", "--state"])
         .arg(dir.path())
-        .args(["--nodes", &nodes.to_string()])
         // iptables of the legacy kind wants to write its lock, which only root can in /run.
         .env("XTABLES_LOCKFILE", dir.join("xtables.lock"))
         .stdin(Stdio::null())

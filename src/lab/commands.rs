@@ -1,0 +1,148 @@
+//! The commands of `warren lab`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+
+use super::client::Lab;
+use super::state::StateDir;
+use super::up::{self, UpArgs};
+use super::wire::PodName;
+use super::{daemon, logs, manifest, sandbox, serve, status};
+
+/// Arguments of `warren lab`.
+#[derive(Args, Debug)]
+pub struct LabArgs {
+    /// Which lab; several can stand side by side [default: $WARREN_LAB, or lab]
+    #[arg(long, global = true)]
+    name: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Start a lab and run it until Ctrl-C
+    Up(UpArgs),
+    /// Take a lab down
+    Down,
+    /// Show nodes, pods and services
+    Status,
+    /// Create or change objects: a file, a folder, or - for standard input
+    Apply {
+        #[arg(short = 'f', long = "filename")]
+        file: PathBuf,
+    },
+    /// Remove the objects of a file, a folder, or - for standard input
+    Delete {
+        #[arg(short = 'f', long = "filename")]
+        file: PathBuf,
+    },
+    /// Run a command in a pod
+    Exec {
+        /// POD or deploy/NAME
+        pod: String,
+        #[arg(short, long, default_value = "default")]
+        namespace: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Show a log
+    Logs {
+        /// POD, deploy/NAME, proxy/NODE, control or lab
+        of: String,
+        #[arg(short, long, default_value = "default")]
+        namespace: String,
+        #[arg(short, long)]
+        container: Option<String>,
+        /// Go on with what is added
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Run a part of the sample application
+    Serve(serve::ServeArgs),
+    #[command(hide = true)]
+    Hold {
+        #[arg(long)]
+        state: PathBuf,
+        #[arg(long)]
+        detached: bool,
+    },
+    #[command(hide = true)]
+    Init {
+        #[arg(long)]
+        state: PathBuf,
+    },
+    #[command(hide = true)]
+    Daemon {
+        #[arg(long)]
+        state: PathBuf,
+    },
+}
+
+/// Runs one `warren lab` command.
+///
+/// # Errors
+/// What the command could not do, for an operator.
+pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
+    let from_environment = || {
+        std::env::var("WARREN_LAB")
+            .ok()
+            .filter(|name| !name.is_empty())
+    };
+    let name = arguments
+        .name
+        .or_else(from_environment)
+        .unwrap_or_else(|| "lab".into());
+    let lab = Lab::named(&name)?;
+    match arguments.command {
+        Command::Up(arguments) => return up::run(&lab, &arguments),
+        Command::Down => {
+            if !lab.down()? {
+                bail!("there is no running lab called {name}");
+            }
+            println!("lab {name} is down");
+        }
+        Command::Status => print!("{}", status::render(&lab.status()?)),
+        Command::Apply { file } => print_lines(&lab.apply(manifest::load(&file)?)?),
+        Command::Delete { file } => {
+            let keys = manifest::load(&file)?.into_iter().map(|o| o.key).collect();
+            print_lines(&lab.delete(keys)?);
+        }
+        Command::Exec {
+            pod,
+            namespace,
+            command,
+        } => {
+            let name = PodName {
+                namespace,
+                name: pod,
+            };
+            let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+            let code = lab.exec(&name, command, stdin, stdout, stderr)?;
+            return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
+        }
+        Command::Logs {
+            of,
+            namespace,
+            container,
+            follow,
+        } => {
+            let path = logs::path(&lab, &namespace, &of, container.as_deref())?;
+            logs::show(&path, follow)?;
+        }
+        Command::Serve(arguments) => serve::run(arguments)?,
+        Command::Hold { state, detached } => return sandbox::hold(&StateDir::at(&state), detached),
+        Command::Init { state } => return sandbox::init(&StateDir::at(&state)),
+        Command::Daemon { state } => return daemon::run(&StateDir::at(&state)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_lines(lines: &[String]) {
+    for line in lines {
+        println!("{line}");
+    }
+}
