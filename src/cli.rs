@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{daemon, version};
+use crate::{daemon, lab, version};
 
 /// A node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
 #[derive(Parser)]
@@ -22,6 +22,8 @@ enum Role {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Run a whole mesh on this machine
+    Lab(lab::LabArgs),
     /// Print the build
     Version,
 }
@@ -31,6 +33,7 @@ pub fn run() -> ExitCode {
     let result = match Arguments::parse().role {
         None => daemon::run(),
         Some(Role::Proxy { .. }) => daemon::run(),
+        Some(Role::Lab(arguments)) => lab::run(arguments),
         Some(Role::Version) => {
             println!("{}", version::build_info());
             Ok(ExitCode::SUCCESS)
