@@ -3,6 +3,7 @@
 use super::snapshot::Mesh;
 use super::workload::Workload;
 use crate::policy::evaluate::{Context, Verdict, evaluate};
+use crate::policy::model::Scope;
 
 impl Mesh {
     /// What policy says of a flow to a workload. Fails closed: while policies are missing, nobody passes.
@@ -17,8 +18,13 @@ impl Mesh {
                 None => return Verdict::Missing(key.to_string()),
             }
         }
-        policies.extend(self.policies_for_namespace(""));
-        policies.extend(self.policies_for_namespace(&workload.namespace));
+        // A namespace policy that names no namespace shares its place in the index with those for everyone.
+        let of = |namespace: &str, scope: Scope| {
+            self.policies_for_namespace(namespace)
+                .filter(move |policy| policy.scope == scope)
+        };
+        policies.extend(of("", Scope::Global));
+        policies.extend(of(&workload.namespace, Scope::Namespace));
         evaluate(&policies, context)
     }
 }
@@ -29,7 +35,7 @@ mod tests {
     use crate::mesh::Store;
     use crate::mesh::testing::pod;
     use crate::policy::Policy;
-    use crate::policy::model::{Action, Scope};
+    use crate::policy::model::Action;
 
     fn denial(key: &str, scope: Scope) -> Policy {
         let (namespace, name) = key.split_once('/').unwrap();
@@ -87,6 +93,7 @@ mod tests {
             ("b/p", Scope::Namespace, &workload, false),
             ("a/p", Scope::WorkloadSelector, &workload, false),
             ("a/p", Scope::WorkloadSelector, &selected, true),
+            ("/p", Scope::Namespace, &workload, false),
         ];
         for (key, scope, workload, denied) in cases {
             let mut store = Store::new("");

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hbone::Identity;
 use ipnet::IpNet;
@@ -23,7 +24,22 @@ pub struct Context<'a> {
 pub struct Decider {
     /// `namespace/name`.
     pub policy: String,
+    /// The name it came under in xDS.
+    pub key: Arc<str>,
     pub rule: usize,
+    /// For each clause of the rule the match that held; none for a clause that demands nothing.
+    pub clauses: Vec<Option<usize>>,
+}
+
+impl fmt::Display for Decider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rules[{}]", self.policy, self.rule)?;
+        let held = self.clauses.iter().enumerate();
+        for (clause, part) in held.filter_map(|(clause, part)| Some((clause, part.as_ref()?))) {
+            write!(f, " clauses[{clause}].matches[{part}]")?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether a flow may pass, and why.
@@ -67,12 +83,29 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unrestricted => f.write_str("allowed: no allow policies"),
-            Self::Allowed(decider) => {
-                write!(f, "allowed by {} rule {}", decider.policy, decider.rule)
-            }
+            Self::Allowed(decider) => write!(f, "allowed by: {decider}"),
+            Self::Denied(decider) => write!(f, "explicitly denied by: {decider}"),
             _ => f.write_str(&self.refusal().unwrap_or_default()),
         }
     }
+}
+
+/// Whether evaluation is logged at info instead of debug; a setting of the process, like its log level.
+static LOG_AT_INFO: AtomicBool = AtomicBool::new(false);
+
+/// Logs evaluation at info instead of debug.
+pub fn log_at_info(on: bool) {
+    LOG_AT_INFO.store(on, Ordering::Relaxed);
+}
+
+macro_rules! note {
+    ($($event:tt)*) => {
+        if LOG_AT_INFO.load(Ordering::Relaxed) {
+            tracing::info!($($event)*);
+        } else {
+            tracing::debug!($($event)*);
+        }
+    };
 }
 
 /// Judges a flow by the policies that apply to its destination, in any order.
@@ -82,42 +115,37 @@ pub fn evaluate(policies: &[&Arc<Policy>], context: &Context<'_>) -> Verdict {
             .iter()
             .filter(move |policy| policy.action == action && policy.dry_run == dry_run)
     };
-    for policy in of(Action::Deny, true) {
-        if matching_rule(policy, context).is_some() {
-            tracing::debug!(policy = %name(policy), "dry-run: deny policy match");
-        }
+    for policy in of(Action::Deny, true).filter(|policy| matches(policy, context)) {
+        note!(policy = name(policy), "dry-run: deny policy match");
     }
     for policy in of(Action::Deny, false) {
-        if let Some(rule) = matching_rule(policy, context) {
-            return Verdict::Denied(Decider {
-                policy: name(policy),
-                rule,
-            });
+        if let Some(decider) = decider(policy, context) {
+            note!(policy = decider.policy, "deny policy match");
+            return Verdict::Denied(decider);
         }
     }
-    let restricted = of(Action::Allow, false).next().is_some();
     let mut dry_run_matched = None;
     for policy in of(Action::Allow, true) {
-        let matched = matching_rule(policy, context).is_some();
+        let matched = matches(policy, context);
         if matched {
-            tracing::debug!(policy = %name(policy), "dry-run: allow policy match");
+            note!(policy = name(policy), "dry-run: allow policy match");
         }
         dry_run_matched = Some(dry_run_matched.unwrap_or(false) || matched);
     }
-    if !restricted {
+    if of(Action::Allow, false).next().is_none() {
         if dry_run_matched == Some(false) {
-            tracing::debug!("dry-run: no allow policies match");
+            note!("dry-run: no allow policies match");
         }
+        note!("no allow policies, allow");
         return Verdict::Unrestricted;
     }
     for policy in of(Action::Allow, false) {
-        if let Some(rule) = matching_rule(policy, context) {
-            return Verdict::Allowed(Decider {
-                policy: name(policy),
-                rule,
-            });
+        if let Some(decider) = decider(policy, context) {
+            note!(policy = decider.policy, "allow policy match");
+            return Verdict::Allowed(decider);
         }
     }
+    note!("no allow policies matched");
     Verdict::NotAllowed
 }
 
@@ -125,16 +153,34 @@ fn name(policy: &Policy) -> String {
     format!("{}/{}", policy.namespace, policy.name)
 }
 
+fn matches(policy: &Policy, context: &Context<'_>) -> bool {
+    matching_rule(policy, context).is_some()
+}
+
+fn decider(policy: &Policy, context: &Context<'_>) -> Option<Decider> {
+    let rule = matching_rule(policy, context)?;
+    let clauses = policy.rules.get(rule)?.iter();
+    Some(Decider {
+        policy: name(policy),
+        key: policy.key.clone(),
+        rule,
+        clauses: clauses
+            .map(|clause| matching_part(clause, policy.action, context))
+            .collect(),
+    })
+}
+
 /// The first rule that matches: every clause of it, and of each clause one match.
 fn matching_rule(policy: &Policy, context: &Context<'_>) -> Option<usize> {
     policy.rules.iter().position(|rule| {
         rule.iter().all(|clause| {
-            clause.is_empty()
-                || clause
-                    .iter()
-                    .any(|part| holds(part, policy.action, context))
+            clause.is_empty() || matching_part(clause, policy.action, context).is_some()
         })
     })
+}
+
+fn matching_part(clause: &[Match], action: Action, context: &Context<'_>) -> Option<usize> {
+    clause.iter().position(|part| holds(part, action, context))
 }
 
 fn holds(part: &Match, action: Action, context: &Context<'_>) -> bool {
@@ -192,8 +238,14 @@ fn text_matches(wanted: &StringMatch, text: &str) -> bool {
     }
 }
 
+/// Whether a range holds a canonical address; a range of mapped addresses means the IPv4 addresses in it.
 fn contains(net: &IpNet, ip: IpAddr) -> bool {
-    net.contains(&ip)
+    match (net, ip) {
+        (IpNet::V6(mapped), IpAddr::V4(ip)) if mapped.addr().to_ipv4_mapped().is_some() => {
+            mapped.prefix_len() >= 96 && mapped.contains(&ip.to_ipv6_mapped())
+        }
+        _ => net.contains(&ip),
+    }
 }
 
 #[cfg(test)]

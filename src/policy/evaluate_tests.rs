@@ -338,3 +338,179 @@ fn what_cannot_be_read_narrows_an_allow_and_widens_a_deny() {
     assert!(!judged(Action::Deny, &[8080]));
     assert!(judged(Action::Deny, &[1]));
 }
+
+#[test]
+fn a_range_of_mapped_addresses_means_the_ipv4_addresses_in_it() {
+    // range, holds for 10.0.0.7
+    let cases = [
+        ("::ffff:10.0.0.0/104", true),
+        ("::ffff:10.0.0.7/128", true),
+        ("::ffff:0.0.0.0/96", true),
+        ("::ffff:11.0.0.0/104", false),
+        ("::ffff:10.0.0.8/128", false),
+        ("::/0", false),
+        ("0.0.0.0/0", true),
+    ];
+    for (range, holds) in cases {
+        let part = Match {
+            source_ips: nets(range),
+            ..Match::default()
+        };
+        let denied = !judge(&[policy(Action::Deny, vec![vec![vec![part]]])], None).is_allowed();
+        assert_eq!(denied, holds, "{range}");
+    }
+}
+
+#[test]
+fn a_verdict_tells_the_place_that_decided() {
+    let port = |port| Match {
+        destination_ports: vec![port],
+        ..Match::default()
+    };
+    let rules = vec![
+        vec![vec![port(1)]],
+        vec![vec![port(1), port(8080)], vec![], vec![port(8080)]],
+    ];
+    // action, rules, what is told, what the access log says
+    let cases = [
+        (
+            Action::Allow,
+            rules.clone(),
+            "allowed by: ns/p rules[1] clauses[0].matches[1] clauses[2].matches[0]",
+            None,
+        ),
+        (
+            Action::Deny,
+            rules,
+            "explicitly denied by: ns/p rules[1] clauses[0].matches[1] clauses[2].matches[0]",
+            Some("explicitly denied by: ns/p"),
+        ),
+        (
+            Action::Deny,
+            vec![vec![]],
+            "explicitly denied by: ns/p rules[0]",
+            Some("explicitly denied by: ns/p"),
+        ),
+        (
+            Action::Allow,
+            vec![],
+            "allow policies exist, but none allowed",
+            Some("allow policies exist, but none allowed"),
+        ),
+        (Action::Deny, vec![], "allowed: no allow policies", None),
+    ];
+    for (action, rules, told, refusal) in cases {
+        let verdict = judge(&[policy(action, rules)], None);
+        assert_eq!(verdict.to_string(), told);
+        assert_eq!(verdict.refusal().as_deref(), refusal);
+    }
+}
+
+/// What is logged while `act` runs, as `LEVEL policy message`.
+fn logged(act: impl FnOnce()) -> Vec<String> {
+    use std::sync::Mutex;
+    use tracing::field::{Field, Visit};
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<String>>>);
+    struct Line {
+        policy: String,
+        message: String,
+    }
+    impl Visit for Line {
+        fn record_str(&mut self, field: &Field, value: &str) {
+            assert_eq!(field.name(), "policy");
+            self.policy = format!("{value:?} ");
+        }
+        fn record_debug(&mut self, _: &Field, value: &dyn fmt::Debug) {
+            self.message = format!("{value:?}");
+        }
+    }
+    impl<S: tracing::Subscriber> Layer<S> for Lines {
+        fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+            let mut line = Line {
+                policy: String::new(),
+                message: String::new(),
+            };
+            event.record(&mut line);
+            self.0.lock().unwrap().push(format!(
+                "{} {}{}",
+                event.metadata().level(),
+                line.policy,
+                line.message
+            ));
+        }
+    }
+    let lines = Lines::default();
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), act);
+    let lines = lines.0.lock().unwrap();
+    lines.clone()
+}
+
+#[test]
+fn what_was_decided_is_logged_dry_runs_too() {
+    let (everyone, nobody) = (|| vec![vec![]], Vec::new);
+    let dry = |action, rules| {
+        Arc::new(Policy {
+            dry_run: true,
+            ..(*policy(action, rules)).clone()
+        })
+    };
+    // policies, what is logged
+    let cases: [(Vec<Arc<Policy>>, &[&str]); 7] = [
+        (vec![], &["no allow policies, allow"]),
+        (
+            vec![dry(Action::Deny, everyone())],
+            &[
+                "\"ns/p\" dry-run: deny policy match",
+                "no allow policies, allow",
+            ],
+        ),
+        (
+            vec![dry(Action::Allow, everyone())],
+            &[
+                "\"ns/p\" dry-run: allow policy match",
+                "no allow policies, allow",
+            ],
+        ),
+        (
+            vec![dry(Action::Allow, nobody())],
+            &[
+                "dry-run: no allow policies match",
+                "no allow policies, allow",
+            ],
+        ),
+        (
+            vec![
+                dry(Action::Allow, nobody()),
+                policy(Action::Allow, nobody()),
+            ],
+            &["no allow policies matched"],
+        ),
+        (
+            vec![policy(Action::Allow, everyone())],
+            &["\"ns/p\" allow policy match"],
+        ),
+        (
+            vec![policy(Action::Deny, everyone())],
+            &["\"ns/p\" deny policy match"],
+        ),
+    ];
+    for (at_info, level) in [(false, "DEBUG"), (true, "INFO")] {
+        log_at_info(at_info);
+        for (policies, expected) in &cases {
+            let expected: Vec<_> = expected
+                .iter()
+                .map(|line| format!("{level} {line}"))
+                .collect();
+            assert_eq!(
+                logged(|| {
+                    judge(policies, None);
+                }),
+                expected
+            );
+        }
+    }
+    log_at_info(false);
+}
