@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{daemon, lab, version};
+use crate::{control, daemon, lab, version};
 
 /// A node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
 #[derive(Parser)]
@@ -24,6 +24,8 @@ enum Role {
     },
     /// Run a whole mesh on this machine
     Lab(lab::LabArgs),
+    /// Serve a folder of Kubernetes manifests as a control plane with a CA
+    Control(control::ControlArgs),
     /// Print the build
     Version,
 }
@@ -34,6 +36,7 @@ pub fn run() -> ExitCode {
         None => daemon::run(),
         Some(Role::Proxy { .. }) => daemon::run(),
         Some(Role::Lab(arguments)) => lab::run(arguments),
+        Some(Role::Control(arguments)) => control::main(arguments),
         Some(Role::Version) => {
             println!("{}", version::build_info());
             Ok(ExitCode::SUCCESS)
