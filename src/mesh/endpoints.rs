@@ -9,8 +9,8 @@ use super::service::Endpoint;
 pub struct Endpoints {
     list: imbl::Vector<Endpoint>,
     positions: imbl::HashMap<Arc<str>, usize>,
-    /// No endpoint ever weighed more.
-    heaviest: u32,
+    /// How many endpoints have each weight.
+    weights: imbl::OrdMap<u32, usize>,
 }
 
 impl Endpoints {
@@ -24,9 +24,9 @@ impl Endpoints {
         self.list.is_empty()
     }
 
-    /// A weight that no endpoint exceeds.
+    /// The largest weight of an endpoint; zero without endpoints.
     pub fn heaviest(&self) -> u32 {
-        self.heaviest
+        self.weights.get_max().map_or(0, |(weight, _)| *weight)
     }
 
     /// The endpoint at a position below `len`, in no particular order.
@@ -46,10 +46,11 @@ impl Endpoints {
 
     /// Adds an endpoint or replaces its workload's former one.
     pub fn insert(&mut self, endpoint: Endpoint) {
-        self.heaviest = self.heaviest.max(endpoint.capacity);
+        *self.weights.entry(endpoint.capacity).or_default() += 1;
         match self.positions.get(&endpoint.workload_uid) {
             Some(position) => {
-                self.list.set(*position, endpoint);
+                let former = self.list.set(*position, endpoint);
+                self.unweigh(former.capacity);
             }
             None => {
                 self.positions
@@ -67,9 +68,21 @@ impl Endpoints {
         let Some(last) = self.list.pop_back() else {
             return;
         };
-        if position < self.list.len() {
+        let removed = if position < self.list.len() {
             self.positions.insert(last.workload_uid.clone(), position);
-            self.list.set(position, last);
+            self.list.set(position, last)
+        } else {
+            last
+        };
+        self.unweigh(removed.capacity);
+    }
+
+    fn unweigh(&mut self, weight: u32) {
+        if let Some(count) = self.weights.get_mut(&weight) {
+            *count -= 1;
+            if *count == 0 {
+                self.weights.remove(&weight);
+            }
         }
     }
 }
@@ -78,6 +91,27 @@ impl Endpoints {
 mod tests {
     use super::*;
     use crate::mesh::workload::HealthStatus;
+
+    #[test]
+    fn the_heaviest_weight_is_that_of_an_endpoint_there_is() {
+        let endpoint = |uid: &str, capacity| Endpoint {
+            workload_uid: uid.into(),
+            ports: Default::default(),
+            status: HealthStatus::Healthy,
+            capacity,
+        };
+        let mut endpoints = Endpoints::default();
+        let mut heaviest = Vec::new();
+        for (uid, capacity) in [("a", 1), ("b", 100), ("c", 100), ("b", 2)] {
+            endpoints.insert(endpoint(uid, capacity));
+            heaviest.push(endpoints.heaviest());
+        }
+        for uid in ["c", "b", "a"] {
+            endpoints.remove(uid);
+            heaviest.push(endpoints.heaviest());
+        }
+        assert_eq!(heaviest, [1, 100, 100, 100, 2, 1, 0]);
+    }
 
     #[test]
     fn removal_keeps_the_others_findable() {

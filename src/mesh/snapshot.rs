@@ -125,8 +125,10 @@ impl Mesh {
                 service.canonical,
             )
         };
+        // The last of the best is taken: from behind, that is the oldest.
         self.cidrs
             .iter()
+            .rev()
             .filter(|(range, _)| &*range.network == network && range.cidr.contains(ip))
             .filter_map(|(range, key)| Some((range, self.service(key)?)))
             .filter(|(_, service)| is_visible(service, client))

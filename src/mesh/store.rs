@@ -22,9 +22,9 @@ pub enum AddressResource {
 /// What an update means to those who keep certificates.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Identities of this node that will soon need a certificate.
+    /// Identities of this node that will soon need a certificate, each once.
     pub wanted: Vec<Identity>,
-    /// Identities that no workload of this node has any more.
+    /// Identities that no workload of this node has any more, each once.
     pub unwanted: Vec<Identity>,
 }
 
@@ -66,15 +66,31 @@ impl Store {
                 AddressResource::Service(service) => self.put_service(service),
             }
         }
-        let mesh = &self.mesh;
-        changes.unwanted.retain(|identity| {
-            let key = (
-                identity.namespace().into(),
-                identity.service_account().into(),
-            );
-            !mesh.local.contains_key(&key)
+        for identities in [&mut changes.wanted, &mut changes.unwanted] {
+            identities.sort();
+            identities.dedup();
+        }
+        changes.wanted.retain(|identity| {
+            self.local_with(identity)
+                .any(|workload| presents_certificate(workload))
         });
         changes
+            .unwanted
+            .retain(|identity| self.local_with(identity).next().is_none());
+        changes
+    }
+
+    /// The workloads of this node that have an identity.
+    fn local_with(&self, identity: &Identity) -> impl Iterator<Item = &Arc<Workload>> {
+        let key = (
+            identity.namespace().into(),
+            identity.service_account().into(),
+        );
+        let uids = self.mesh.local.get(&key);
+        uids.into_iter()
+            .flatten()
+            .filter_map(|uid| self.mesh.workloads.get(uid))
+            .filter(move |workload| workload.identity == *identity)
     }
 
     /// Applies one response of policies.
@@ -125,16 +141,22 @@ impl Store {
         if self.mesh.workloads.contains_key(name) {
             return self.remove_workload(name, changes);
         }
-        match name.split_once('/') {
-            Some((namespace, hostname)) if !hostname.contains('/') => {
-                let key = NamespacedHostname {
-                    namespace: namespace.into(),
-                    hostname: hostname.into(),
-                };
-                self.remove_service(&key);
-            }
-            _ => tracing::warn!("the control plane removed {name}, which is not known"),
+        let service = name
+            .split_once('/')
+            .filter(|(_, hostname)| !hostname.contains('/'))
+            .map(|(namespace, hostname)| NamespacedHostname {
+                namespace: namespace.into(),
+                hostname: hostname.into(),
+            })
+            .filter(|key| self.mesh.services.contains_key(key));
+        match service {
+            Some(key) => self.remove_service(&key),
+            None => tracing::warn!("the control plane removed {name}, which is not known"),
         }
+    }
+
+    fn is_local(&self, workload: &Workload) -> bool {
+        self.node.is_empty() || *workload.node == *self.node
     }
 
     fn put_workload(&mut self, workload: Workload, changes: &mut Changes) {
@@ -155,13 +177,13 @@ impl Store {
                 .or_default()
                 .insert(uid.clone());
         }
-        if self.node.is_empty() || *workload.node == *self.node {
+        if self.is_local(&workload) {
             self.mesh
                 .local
                 .entry(local_key(&workload))
                 .or_default()
                 .insert(uid.clone());
-            if workload.protocol == Protocol::Hbone || workload.native_tunnel {
+            if presents_certificate(&workload) {
                 changes.wanted.push(workload.identity.clone());
             }
         }
@@ -200,9 +222,8 @@ impl Store {
         if let Some(name) = hostname_key(&workload) {
             remove_from(&mut self.mesh.by_workload_hostname, &name, uid);
         }
-        let key = local_key(&workload);
-        if self.mesh.local.contains_key(&key) {
-            remove_from(&mut self.mesh.local, &key, uid);
+        if self.is_local(&workload) {
+            remove_from(&mut self.mesh.local, &local_key(&workload), uid);
             changes.unwanted.push(workload.identity.clone());
         }
         for service in workload.services.keys() {
@@ -271,6 +292,11 @@ fn own_addresses(workload: &Workload) -> &[IpAddr] {
         NetworkMode::Standard => &workload.addresses,
         NetworkMode::HostNetwork => &[],
     }
+}
+
+/// Whether traffic of this workload is tunnelled, so that it needs a certificate.
+fn presents_certificate(workload: &Workload) -> bool {
+    workload.protocol == Protocol::Hbone || workload.native_tunnel
 }
 
 fn hostname_key(workload: &Workload) -> Option<NamespacedHostname> {

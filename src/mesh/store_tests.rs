@@ -238,3 +238,95 @@ fn a_snapshot_does_not_change() {
             .is_none()
     );
 }
+
+#[test]
+fn certificates_follow_identities_not_merely_service_accounts() {
+    let mut store = Store::new("n1");
+    let old = pod("a", "x", "10.0.0.1");
+    let mut renamed = old.clone();
+    renamed.identity = Identity::new("other.domain", "a", "x");
+    store.apply_addresses(vec![Resource::Workload(old.clone())], &[]);
+    let changes = store.apply_addresses(vec![Resource::Workload(renamed.clone())], &[]);
+    assert_eq!(
+        changes,
+        Changes {
+            wanted: vec![renamed.identity],
+            unwanted: vec![old.identity]
+        }
+    );
+}
+
+#[test]
+fn an_identity_superseded_within_one_response_is_never_wanted() {
+    let mut store = Store::new("n1");
+    let first = pod("a", "x", "10.0.0.1");
+    let mut second = first.clone();
+    second.node = "n2".into();
+    let both = [first.clone(), second].map(Resource::Workload).to_vec();
+    let changes = store.apply_addresses(both, &[]);
+    assert_eq!(changes.wanted, []);
+    assert_eq!(changes.unwanted, [first.identity]);
+}
+
+#[test]
+fn an_identity_is_named_once_and_kept_while_another_pod_here_has_it() {
+    let twin = |name: &str, ip: &str| {
+        let mut twin = pod("a", name, ip);
+        twin.identity = Identity::new("cluster.local", "a", "shared");
+        twin
+    };
+    let (one, two) = (twin("one", "10.0.0.1"), twin("two", "10.0.0.2"));
+    let mut store = Store::new("n1");
+    let resources = [one.clone(), two.clone()].map(Resource::Workload).to_vec();
+    let changes = store.apply_addresses(resources, &[]);
+    assert_eq!(changes.wanted, std::slice::from_ref(&one.identity));
+    let changes = store.apply_addresses(vec![], &[one.uid.to_string()]);
+    assert_eq!(changes.unwanted, []);
+    let changes = store.apply_addresses(vec![], &[two.uid.to_string()]);
+    assert_eq!(changes.unwanted, std::slice::from_ref(&one.identity));
+    let resources = [one.clone(), two.clone()].map(Resource::Workload).to_vec();
+    store.apply_addresses(resources, &[]);
+    let both = [one.uid.to_string(), two.uid.to_string()];
+    assert_eq!(
+        store.apply_addresses(vec![], &both).unwanted,
+        [one.identity]
+    );
+}
+
+#[test]
+fn another_nodes_pod_does_not_touch_this_nodes_certificates() {
+    let mut elsewhere = pod("a", "far", "10.0.0.2");
+    elsewhere.node = "n2".into();
+    elsewhere.identity = Identity::new("other.domain", "a", "x");
+    let mut store = Store::new("n1");
+    let resources = [pod("a", "x", "10.0.0.1"), elsewhere.clone()];
+    store.apply_addresses(resources.map(Resource::Workload).to_vec(), &[]);
+    let changes = store.apply_addresses(vec![], &[elsewhere.uid.to_string()]);
+    assert_eq!(changes, Changes::default());
+}
+
+#[test]
+fn of_equal_ranges_the_service_that_came_first_serves() {
+    let ranged = |namespace: &str, canonical| {
+        let mut service = service(namespace, "wide", "10.96.0.1");
+        service.vips.clear();
+        service.canonical = canonical;
+        service.cidr_vips = vec![crate::mesh::service::CidrAddress {
+            network: "".into(),
+            cidr: "10.97.0.0/16".parse().unwrap(),
+        }];
+        service
+    };
+    let cases = [
+        (vec![ranged("a", false), ranged("b", false)], None, "a"),
+        (vec![ranged("a", false), ranged("b", true)], None, "b"),
+        (vec![ranged("a", true), ranged("b", false)], Some("b"), "b"),
+    ];
+    for (services, client, winner) in cases {
+        let mut store = Store::new("");
+        store.apply_addresses(services.into_iter().map(Resource::Service).collect(), &[]);
+        let mesh = store.snapshot();
+        let found = mesh.service_by_vip("", &ip("10.97.1.1"), client).unwrap();
+        assert_eq!(&*found.namespace, winner);
+    }
+}
