@@ -44,20 +44,16 @@ pub fn zds_socket(node: &Node) -> PathBuf {
 }
 
 /// The control plane, on the bridge.
-pub fn control(files: &Files, _nodes: &[Node]) -> std::io::Result<ProcessSpec> {
+pub fn control(files: &Files, nodes: &[Node]) -> std::io::Result<ProcessSpec> {
     let listen = format!("{CONTROL}:{CONTROL_PORT}");
-    let words = [
-        THIS_PROGRAM,
-        "control",
-        "--manifests",
-        &text(&files.live),
-        "--listen",
-        &listen,
-        "--ca-dir",
-        &text(&files.ca),
-    ];
+    let (live, state) = (text(&files.live), text(&files.ca));
+    let mut command = vec![THIS_PROGRAM, "control", "--manifests", &live];
+    command.extend(["--listen", &listen, "--state-dir", &state]);
+    for node in nodes {
+        command.extend(["--node", &node.name]);
+    }
     Ok(ProcessSpec {
-        command: words.map(str::to_owned).to_vec(),
+        command: command.into_iter().map(str::to_owned).collect(),
         env: base_environment(),
         directory: files.ca.clone(),
         log: files.log.clone(),
@@ -71,7 +67,7 @@ pub fn proxy(
     files: &Files,
     more: &[(String, String)],
 ) -> std::io::Result<ProcessSpec> {
-    let token = node.folder.join("token");
+    let token = files.ca.join("tokens").join(&node.name);
     let server = format!("https://{CONTROL}:{CONTROL_PORT}");
     let (name, root) = (&node.name, text(&files.root()));
     let own = [
