@@ -2,6 +2,8 @@
 
 pub mod netns;
 pub mod sockets;
+#[cfg(test)]
+pub mod testing;
 pub mod zds;
 
 pub use netns::PodNetns;

@@ -49,16 +49,28 @@ impl PodNetns {
     /// # Errors
     /// Those of `work`, or when the namespace cannot be entered.
     pub fn run<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let home = File::open("/proc/thread-self/ns/net")?;
+        let home = Home(File::open("/proc/thread-self/ns/net")?);
         enter(self.file.as_fd()).map_err(|error| {
-            io::Error::other(format!("cannot enter the pod's network namespace: {error}"))
+            io::Error::new(
+                error.kind(),
+                format!("cannot enter the pod's network namespace: {error}"),
+            )
         })?;
         let result = work();
-        if let Err(error) = enter(home.as_fd()) {
+        drop(home);
+        result
+    }
+}
+
+/// Brings the thread back when dropped, also by a panic.
+struct Home(File);
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if let Err(error) = enter(self.0.as_fd()) {
             eprintln!("warren: a thread cannot leave a pod's network namespace: {error}");
             std::process::abort();
         }
-        result
     }
 }
 
@@ -70,4 +82,50 @@ impl AsFd for PodNetns {
 
 fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setns(namespace, CloneFlags::CLONE_NEWNET)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{namespace, skip};
+
+    #[test]
+    fn work_happens_in_the_pod_and_the_thread_comes_back() {
+        let Some(pod) = namespace() else {
+            return skip("work_happens_in_the_pod_and_the_thread_comes_back");
+        };
+        let home = PodNetns::current().unwrap().id();
+        let inside = pod.run(|| Ok(PodNetns::current()?.id())).unwrap();
+        assert_eq!(inside, pod.id());
+        assert_ne!(inside, home);
+        let failed = pod.run(|| Err::<(), _>(io::ErrorKind::AddrInUse.into()));
+        assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(PodNetns::current().unwrap().id(), home);
+    }
+
+    #[test]
+    fn a_panic_does_not_leave_the_thread_in_the_pod() {
+        let Some(pod) = namespace() else {
+            return skip("a_panic_does_not_leave_the_thread_in_the_pod");
+        };
+        let home = PodNetns::current().unwrap().id();
+        let work = || pod.run(|| -> io::Result<()> { panic!("in the pod") });
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err());
+        assert_eq!(PodNetns::current().unwrap().id(), home);
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_not_entered() {
+        let file = File::open("/proc/self/status").unwrap();
+        let error = PodNetns::new(file.into())
+            .unwrap()
+            .run(|| Ok(()))
+            .unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("cannot enter the pod's network namespace: "),
+            "{error}"
+        );
+    }
 }
