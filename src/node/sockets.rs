@@ -1,11 +1,12 @@
 //! The sockets of the data path: listeners and connections inside pods' namespaces, with their options.
 
 use std::io;
-use std::mem::size_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -35,20 +36,31 @@ pub struct Listeners {
 /// Which address could not be bound, and why.
 pub fn listen(netns: &PodNetns, config: &Config) -> io::Result<Vec<Listeners>> {
     netns.run(|| {
-        // Without IPv6 in the pod there is nothing to listen to on its loopback address.
-        let ipv6 = config.ipv6 && has_ipv6();
+        let families = Families {
+            // One socket takes both families, even where the pod has an address of only one.
+            wildcard: if config.ipv6 && Socket::new(Domain::IPV6, Type::STREAM, None).is_ok() {
+                IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+            } else {
+                IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+            },
+            // Without IPv6 in the pod there is nothing to listen to on its loopback address.
+            loopback_v6: config.ipv6 && has_ipv6(),
+        };
         (0..config.workers)
-            .map(|_| listen_here(config, ipv6))
+            .map(|_| listen_here(config, families))
             .collect()
     })
 }
 
-fn listen_here(config: &Config, ipv6: bool) -> io::Result<Listeners> {
-    let wildcard = if ipv6 {
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
-    } else {
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
-    };
+/// What can be listened to in a pod.
+#[derive(Clone, Copy)]
+struct Families {
+    wildcard: IpAddr,
+    loopback_v6: bool,
+}
+
+fn listen_here(config: &Config, families: Families) -> io::Result<Listeners> {
+    let wildcard = families.wildcard;
     let mut transparent = true;
     let mut tcp = |port| {
         let socket = listener(SocketAddr::new(wildcard, port), config)?;
@@ -59,7 +71,7 @@ fn listen_here(config: &Config, ipv6: bool) -> io::Result<Listeners> {
         (tcp(OUTBOUND_PORT)?, tcp(PLAINTEXT_PORT)?, tcp(HBONE_PORT)?);
     let (mut dns_udp, mut dns_tcp) = (Vec::new(), Vec::new());
     if config.dns {
-        for address in addresses(config.dns_address, ipv6) {
+        for address in addresses(config.dns_address, families.loopback_v6) {
             dns_udp.push(bind(address, Type::DGRAM, Protocol::UDP, config)?.into());
             dns_tcp.push(listener(address, config)?.into());
         }
@@ -148,7 +160,7 @@ fn make_transparent(socket: &Socket, ipv6: bool, wanted: Option<bool>) -> io::Re
     let set = socket
         .set_ip_transparent_v4(true)
         .and_then(|()| match ipv6 {
-            true => set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+            true => socket.set_ip_transparent_v6(true),
             false => Ok(()),
         });
     match set {
@@ -249,34 +261,19 @@ fn take_source(socket: &Socket, source: IpAddr) {
     let options = match source {
         IpAddr::V4(_) => socket
             .set_ip_transparent_v4(true)
-            .and_then(|()| set_option(socket, libc::SOL_IP, libc::IP_FREEBIND)),
-        IpAddr::V6(_) => set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
-            .and_then(|()| set_option(socket, libc::SOL_IPV6, libc::IPV6_FREEBIND)),
+            .and_then(|()| socket.set_freebind_v4(true)),
+        IpAddr::V6(_) => socket
+            .set_ip_transparent_v6(true)
+            .and_then(|()| socket.set_freebind_v6(true)),
     };
     if let Err(error) = options {
         tracing::warn!("failed to set freebind: {error}");
     }
+    // The port is chosen when the destination is known, so that a client is not limited to one range of ports for all
+    // of a pod's. Without the option it is chosen now.
+    let _ = setsockopt(socket, IpBindAddressNoPort, &true);
     if let Err(error) = socket.bind(&SocketAddr::new(source, 0).into()) {
         tracing::warn!("failed to bind local addr: {error}");
-    }
-}
-
-fn set_option(socket: &Socket, level: i32, option: i32) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the pointer and length describe the local integer, which outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 
@@ -289,9 +286,17 @@ pub fn original_destination(socket: &TcpStream) -> io::Result<SocketAddr> {
     let remembered = reference
         .original_dst_v4()
         .or_else(|_| reference.original_dst_v6());
-    let address = match remembered.ok().and_then(|address| address.as_socket()) {
-        Some(address) => address,
-        None => socket.local_addr()?,
+    let address = match remembered.map(|address| address.as_socket()) {
+        Ok(Some(address)) => address,
+        unknown => {
+            // A transparent socket may have been reached without translation: its own address is right then.
+            if let Err(error) = unknown
+                && !reference.ip_transparent_v4().unwrap_or(false)
+            {
+                tracing::warn!("failed to read SO_ORIGINAL_DST: {error}");
+            }
+            socket.local_addr()?
+        }
     };
     Ok(hbone::canonical(address))
 }
@@ -319,27 +324,5 @@ pub fn is_netns(descriptor: &impl AsFd) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn an_unredirected_connection_was_going_where_it_arrived() {
-        let listener = tokio::net::TcpListener::bind("[::]:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-        let (accepted, _) = listener.accept().await.unwrap();
-        let address = original_destination(&accepted).unwrap();
-        assert_eq!(address, SocketAddr::from(([127, 0, 0, 1], port)));
-        drop(client);
-    }
-
-    #[test]
-    fn localhost_means_both_families_where_there_are_both() {
-        let addresses = |ipv6| addresses(ListenAddress::Localhost(53), ipv6);
-        assert_eq!(addresses(false), ["127.0.0.1:53".parse().unwrap()]);
-        assert_eq!(
-            addresses(true),
-            ["127.0.0.1:53".parse().unwrap(), "[::1]:53".parse().unwrap()]
-        );
-    }
-}
+#[path = "sockets_tests.rs"]
+mod tests;
