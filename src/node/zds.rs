@@ -1,20 +1,24 @@
 //! The node agent's word on which pods there are, carried out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cni::zds::messages::{VERSION_1, WorkloadRequest, WorkloadResponse, ZdsHello};
 use cni::zds::{Connection, Packet, Payload, TransportError, WorkloadInfo};
+use prost::Message;
 use thiserror::Error;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::netns::PodNetns;
 
 /// The first wait between attempts to connect; it doubles up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(20);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// How long the agent may take to accept a message.
+const SEND: Duration = Duration::from_secs(5);
 /// When a pod whose proxy could not start is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -75,39 +79,47 @@ struct Session {
 pub async fn follow(path: &Path, handler: &impl PodHandler) -> Result<(), ProtocolError> {
     let mut wait = FIRST_WAIT;
     loop {
-        let connected = match Connection::connect(path) {
-            Ok(connection) => connection
-                .send(&ZdsHello { version: VERSION_1 }, None)
-                .await
-                .map(|()| connection),
-            Err(error) => Err(error),
-        };
-        match connected {
+        match greet(path).await {
             Ok(connection) => {
-                wait = FIRST_WAIT;
-                let end = Session::default().serve(&connection, handler).await;
+                let mut session = Session::default();
+                let end = session.serve(&connection, handler).await;
                 handler.ready(false);
-                match end {
-                    End::Reconnect => {}
-                    End::Protocol(error) => return Err(error),
+                handler.pending(0);
+                if let End::Protocol(error) = end {
+                    return Err(error);
                 }
-            }
-            Err(error) => {
-                let path: PathBuf = path.to_path_buf();
-                tracing::warn!(
-                    "failed to connect to the Istio CNI node agent over {}, is the node agent healthy? details: \
-                     {error}. retrying in {wait:?}",
-                    path.display()
+                // An agent that never gets anywhere is not worth an attempt every few milliseconds.
+                if session.snapshot {
+                    wait = FIRST_WAIT;
+                }
+                tracing::info!(
+                    "the connection to the node agent has ended, connecting again in {wait:?}"
                 );
             }
+            Err(error) => tracing::warn!(
+                "failed to connect to the Istio CNI node agent over {}, is the node agent healthy? details: {error}. \
+                 retrying in {wait:?}",
+                path.display()
+            ),
         }
         sleep(wait).await;
         wait = (wait * 2).min(LONGEST_WAIT);
     }
 }
 
+async fn greet(path: &Path) -> io::Result<Connection> {
+    let connection = Connection::connect(path)?;
+    send(&connection, &ZdsHello { version: VERSION_1 }).await?;
+    Ok(connection)
+}
+
+/// An agent that does not read is given up like one that is gone.
+async fn send(connection: &Connection, message: &impl Message) -> io::Result<()> {
+    timeout(SEND, connection.send(message, None)).await?
+}
+
 impl Session {
-    async fn serve(mut self, connection: &Connection, handler: &impl PodHandler) -> End {
+    async fn serve(&mut self, connection: &Connection, handler: &impl PodHandler) -> End {
         loop {
             handler.pending(self.pending.len());
             handler.ready(self.snapshot && self.pending.is_empty());
@@ -154,11 +166,11 @@ impl Session {
             Ok(Err(error)) => WorkloadResponse::ack(error),
             Err(error) => {
                 let reply = WorkloadResponse::ack(format!("failure to process message : {error}"));
-                let _ = connection.send(&reply, None).await;
+                let _ = send(connection, &reply).await;
                 return Some(End::Protocol(error));
             }
         };
-        if let Err(error) = connection.send(&reply, None).await {
+        if let Err(error) = send(connection, &reply).await {
             tracing::warn!("the node agent is gone before its answer: {error}");
             return Some(End::Reconnect);
         }
@@ -249,7 +261,7 @@ impl Session {
 
 /// A request and the namespace that came with it.
 fn open(packet: Packet) -> Result<(Payload, Option<Arc<PodNetns>>), TransportError> {
-    let invalid = |text: &str| TransportError::Io(std::io::Error::other(text.to_string()));
+    let invalid = |text: &str| TransportError::Io(io::Error::other(text.to_string()));
     let request: WorkloadRequest = packet.decode()?;
     let payload = request.payload.ok_or_else(|| invalid("no payload"))?;
     let netns = match (packet.descriptor, matches!(payload, Payload::Add(_))) {
@@ -264,7 +276,7 @@ fn open(packet: Packet) -> Result<(Payload, Option<Arc<PodNetns>>), TransportErr
 async fn garbage(connection: &Connection, error: &TransportError) -> End {
     tracing::error!("the node agent sent what cannot be understood: {error}");
     let reply = WorkloadResponse::ack(format!("failure to read message : {error}"));
-    let _ = connection.send(&reply, None).await;
+    let _ = send(connection, &reply).await;
     End::Reconnect
 }
 

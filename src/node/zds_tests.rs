@@ -3,7 +3,11 @@ use std::cell::{Cell, RefCell};
 use cni::zds::Listener;
 use cni::zds::messages::{AddWorkload, Answer, DelWorkload, KeepWorkload, SnapshotSent};
 
+use std::path::PathBuf;
+
 use super::*;
+use crate::node::sockets::{self, Listeners};
+use crate::node::testing::{config, namespace, skip};
 
 /// Remembers what it was asked to do; pods named `bad` cannot be served.
 #[derive(Default)]
@@ -59,8 +63,12 @@ impl Agent {
 
     /// Asks and gives the answer's error, or none when the proxy disconnects.
     async fn ask(&self, payload: Payload, with_netns: bool) -> Option<String> {
-        let netns = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
-        let descriptor = with_netns.then(|| std::os::fd::AsFd::as_fd(&netns));
+        let netns = PodNetns::current().unwrap();
+        self.ask_with(payload, with_netns.then_some(&netns)).await
+    }
+
+    async fn ask_with(&self, payload: Payload, netns: Option<&PodNetns>) -> Option<String> {
+        let descriptor = netns.map(std::os::fd::AsFd::as_fd);
         self.connection
             .send(
                 &WorkloadRequest {
@@ -229,4 +237,158 @@ async fn an_agent_that_breaks_the_protocol_ends_the_proxy() {
         };
         assert_eq!(against(name, &handler, script).await, Some(expected));
     }
+}
+
+type Pod = (Arc<PodNetns>, Vec<Listeners>);
+
+/// Listens in the pods' namespaces.
+#[derive(Default)]
+struct Listening {
+    pods: RefCell<BTreeMap<String, Pod>>,
+    ready: Cell<bool>,
+}
+
+impl PodHandler for Listening {
+    async fn add(&self, uid: &str, _: &WorkloadInfo, netns: Arc<PodNetns>) -> Result<(), String> {
+        let listeners = sockets::listen(&netns, &config()).map_err(|error| error.to_string())?;
+        let pod = (netns, listeners);
+        self.pods.borrow_mut().insert(uid.to_string(), pod);
+        Ok(())
+    }
+
+    async fn remove(&self, uid: &str) {
+        self.pods.borrow_mut().remove(uid);
+    }
+
+    fn served(&self) -> Vec<String> {
+        self.pods.borrow().keys().cloned().collect()
+    }
+
+    fn ready(&self, ready: bool) {
+        self.ready.set(ready);
+    }
+
+    fn pending(&self, _: usize) {}
+}
+
+#[tokio::test]
+async fn pods_outlive_the_agent_and_failed_ones_are_tried_again() {
+    let (Some(good), Some(busy)) = (namespace(), namespace()) else {
+        return skip("pods_outlive_the_agent_and_failed_ones_are_tried_again");
+    };
+    let handler = Listening::default();
+    let path = path("restart");
+    let reachable =
+        |netns: &PodNetns| netns.run(|| std::net::TcpStream::connect("127.0.0.1:15008"));
+    let script = async {
+        let listener = Listener::bind(&path).unwrap();
+        let agent = Agent::accept(&listener).await;
+        let done = Some(String::new());
+        let snapshot = || Payload::SnapshotSent(SnapshotSent {});
+        assert_eq!(agent.ask_with(add("good", "x"), Some(&good)).await, done);
+        assert_eq!(agent.ask_with(snapshot(), None).await, done);
+        reachable(&good).unwrap();
+        drop((agent, listener));
+        // The agent is away for a while: nothing changes for the pods, but the proxy is not ready.
+        sleep(Duration::from_millis(200)).await;
+        assert!(!handler.ready.get());
+        reachable(&good).unwrap();
+        let listener = Listener::bind(&path).unwrap();
+        let agent = Agent::accept(&listener).await;
+        let occupied = busy
+            .run(|| std::net::TcpListener::bind("0.0.0.0:15008"))
+            .unwrap();
+        let keep = Payload::Keep(KeepWorkload { uid: "good".into() });
+        assert_eq!(agent.ask_with(keep, None).await, done);
+        let refused = agent.ask_with(add("busy", "y"), Some(&busy)).await.unwrap();
+        let expected = "failure to start proxy : failed to bind to address [::]:15008: ";
+        assert!(refused.starts_with(expected), "{refused}");
+        assert_eq!(agent.ask_with(snapshot(), None).await, done);
+        drop(occupied);
+        while !handler.ready.get() {
+            sleep(Duration::from_millis(50)).await;
+        }
+        reachable(&busy).unwrap();
+        assert_eq!(handler.pods.borrow()["busy"].0.id(), busy.id());
+        let del = Payload::Del(DelWorkload { uid: "good".into() });
+        assert_eq!(agent.ask_with(del, None).await, done);
+        assert!(reachable(&good).is_err());
+    };
+    tokio::select! {
+        ended = follow(&path, &handler) => panic!("{ended:?}"),
+        done = timeout(Duration::from_secs(20), script) => done.unwrap(),
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_gets_nowhere_is_left_alone_ever_longer() {
+    let handler = Recorder::default();
+    let script = |listener: Listener| async move {
+        let start = Instant::now();
+        for _ in 0..4 {
+            drop(Agent::accept(&listener).await);
+        }
+        // 20 + 40 + 80 ms.
+        assert!(start.elapsed() >= Duration::from_millis(140));
+        let agent = Agent::accept(&listener).await;
+        agent
+            .ask(Payload::SnapshotSent(SnapshotSent {}), false)
+            .await;
+    };
+    assert_eq!(against("nowhere", &handler, script).await, None);
+}
+
+#[tokio::test]
+async fn whatever_bytes_arrive_the_proxy_connects_again() {
+    let handler = Recorder::default();
+    let script = |listener: Listener| async move {
+        for garbage in [
+            &b"\xff\xff\xff\xff"[..],
+            b"\x0a\x7f",
+            b"\x1a\x01",
+            b"\x32\x00",
+        ] {
+            let agent = Agent::accept(&listener).await;
+            let message = Raw(garbage.to_vec());
+            agent.connection.send(&message, None).await.unwrap();
+            let packet = agent.connection.receive().await.unwrap().unwrap();
+            let Some(Answer::Ack(ack)) = packet.decode::<WorkloadResponse>().unwrap().payload
+            else {
+                panic!("no ack")
+            };
+            assert!(
+                ack.error.starts_with("failure to read message : "),
+                "{ack:?}"
+            );
+            assert!(agent.connection.receive().await.unwrap().is_none());
+        }
+    };
+    assert_eq!(against("bytes", &handler, script).await, None);
+    assert!(handler.served().is_empty());
+}
+
+/// A message that is sent as it is.
+#[derive(Debug)]
+struct Raw(Vec<u8>);
+
+impl Message for Raw {
+    fn encode_raw(&self, buffer: &mut impl prost::bytes::BufMut) {
+        buffer.put_slice(&self.0);
+    }
+
+    fn merge_field(
+        &mut self,
+        _: u32,
+        _: prost::encoding::WireType,
+        _: &mut impl prost::bytes::Buf,
+        _: prost::encoding::DecodeContext,
+    ) -> Result<(), prost::DecodeError> {
+        Ok(())
+    }
+
+    fn encoded_len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn clear(&mut self) {}
 }
