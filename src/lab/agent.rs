@@ -10,7 +10,7 @@ use super::pod::Pod;
 use super::wire::Capture;
 
 /// How long a pod waits for its node's proxy to connect.
-const PROXY_CONNECTS: Duration = Duration::from_secs(15);
+const PROXY_CONNECTS: Duration = Duration::from_secs(5);
 
 /// Captures the pods of one node.
 #[derive(Clone)]

@@ -10,7 +10,7 @@ use super::client::Lab;
 use super::state::StateDir;
 use super::up::{self, UpArgs};
 use super::wire::PodName;
-use super::{daemon, logs, manifest, sandbox, serve, status};
+use super::{daemon, demo, logs, manifest, sandbox, serve, status};
 
 /// Arguments of `warren lab`.
 #[derive(Args, Debug)]
@@ -61,6 +61,8 @@ enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Show the main job, step by step, in a lab of its own
+    Demo,
     /// Run a part of the sample application
     Serve(serve::ServeArgs),
     #[command(hide = true)]
@@ -133,6 +135,7 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             let path = logs::path(&lab, &namespace, &of, container.as_deref())?;
             logs::show(&path, follow)?;
         }
+        Command::Demo => return demo::run(&lab),
         Command::Serve(arguments) => serve::run(arguments)?,
         Command::Hold { state, detached } => return sandbox::hold(&StateDir::at(&state), detached),
         Command::Init { state } => return sandbox::init(&StateDir::at(&state)),

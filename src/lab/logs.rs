@@ -50,7 +50,8 @@ pub fn path(
     )))
 }
 
-fn pod<'a>(status: &'a Status, namespace: &str, name: &str) -> Option<&'a PodStatus> {
+/// The pod that `POD` or `deploy/NAME` means.
+pub fn pod<'a>(status: &'a Status, namespace: &str, name: &str) -> Option<&'a PodStatus> {
     let deployment = ["deploy/", "deployment/"]
         .iter()
         .find_map(|prefix| name.strip_prefix(prefix));
