@@ -94,10 +94,15 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             .ok()
             .filter(|name| !name.is_empty())
     };
+    let otherwise = || match arguments.command {
+        // It takes its lab down, so it must not be one that somebody works in.
+        Command::Demo => format!("demo-{}", std::process::id()),
+        _ => "lab".to_owned(),
+    };
     let name = arguments
         .name
         .or_else(from_environment)
-        .unwrap_or_else(|| "lab".into());
+        .unwrap_or_else(otherwise);
     let lab = Lab::named(&name)?;
     match arguments.command {
         Command::Up(arguments) => return up::run(&lab, &arguments),

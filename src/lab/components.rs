@@ -2,10 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
-
 use super::addresses::{CONTROL, CONTROL_PORT};
-use super::manifest::Key;
 use super::process::ProcessSpec;
 use super::state::StateDir;
 use super::topology::Node;
@@ -19,8 +16,8 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 pub struct Files {
     /// The objects for the control plane.
     pub live: PathBuf,
-    /// The CA's key and root.
-    pub ca: PathBuf,
+    /// The control plane's own: root certificate, key, the nodes' tokens.
+    control: PathBuf,
     log: PathBuf,
 }
 
@@ -28,13 +25,18 @@ impl Files {
     pub fn create(dir: &StateDir) -> std::io::Result<Self> {
         Ok(Self {
             live: dir.folder("live")?,
-            ca: dir.folder("ca")?,
+            control: dir.folder("control")?,
             log: dir.join("control.log"),
         })
     }
 
+    /// By what a node's proxy shows that it is the proxy of that node.
+    fn token(&self, node: &Node) -> PathBuf {
+        self.control.join("tokens").join(&node.name)
+    }
+
     fn root(&self) -> PathBuf {
-        self.ca.join("root-cert.pem")
+        self.control.join("root-cert.pem")
     }
 }
 
@@ -44,30 +46,30 @@ pub fn zds_socket(node: &Node) -> PathBuf {
 }
 
 /// The control plane, on the bridge.
-pub fn control(files: &Files, nodes: &[Node]) -> std::io::Result<ProcessSpec> {
+pub fn control(files: &Files) -> ProcessSpec {
     let listen = format!("{CONTROL}:{CONTROL_PORT}");
-    let (live, state) = (text(&files.live), text(&files.ca));
-    let mut command = vec![THIS_PROGRAM, "control", "--manifests", &live];
-    command.extend(["--listen", &listen, "--state-dir", &state]);
-    for node in nodes {
-        command.extend(["--node", &node.name]);
-    }
-    Ok(ProcessSpec {
-        command: command.into_iter().map(str::to_owned).collect(),
+    let words = [
+        THIS_PROGRAM,
+        "control",
+        "--manifests",
+        &text(&files.live),
+        "--listen",
+        &listen,
+        "--state-dir",
+        &text(&files.control),
+    ];
+    ProcessSpec {
+        command: words.map(str::to_owned).to_vec(),
         env: base_environment(),
-        directory: files.ca.clone(),
+        directory: files.control.clone(),
         log: files.log.clone(),
         namespaces: None,
-    })
+    }
 }
 
 /// The proxy of a node.
-pub fn proxy(
-    node: &Node,
-    files: &Files,
-    more: &[(String, String)],
-) -> std::io::Result<ProcessSpec> {
-    let token = files.ca.join("tokens").join(&node.name);
+pub fn proxy(node: &Node, files: &Files, more: &[(String, String)]) -> ProcessSpec {
+    let token = files.token(node);
     let server = format!("https://{CONTROL}:{CONTROL_PORT}");
     let (name, root) = (&node.name, text(&files.root()));
     let own = [
@@ -95,7 +97,7 @@ pub fn proxy(
         env.retain(|(known, _)| known != name);
         env.push((name.clone(), value.clone()));
     }
-    Ok(ProcessSpec {
+    ProcessSpec {
         command: [THIS_PROGRAM, "proxy", "ztunnel"]
             .map(str::to_owned)
             .to_vec(),
@@ -103,17 +105,11 @@ pub fn proxy(
         directory: node.folder.clone(),
         log: node.folder.join("proxy.log"),
         namespaces: Some(node.namespaces.clone()),
-    })
+    }
 }
 
 fn proxy_name(node: &Node) -> String {
     format!("ztunnel-{}", node.name)
-}
-
-/// The objects that stand for a node's proxy in a cluster.
-pub fn proxy_objects(_node: &Node) -> Vec<(Key, Value)> {
-    let _ = json!({});
-    Vec::new()
 }
 
 /// The variables every pod's process starts from; `warren` is found by its name.

@@ -107,11 +107,8 @@ fn start(
         service_rules::prepare(&node.namespaces)?;
         let key = Key::new("Node", "", &node.name);
         live.write(&key, &live::node(&node.name, node.address))?;
-        for (key, object) in components::proxy_objects(node) {
-            live.write(&key, &object)?;
-        }
     }
-    let control = Supervised::start(components::control(&files, &nodes)?)?;
+    let control = Supervised::start(components::control(&files))?;
     wait(
         dir,
         "control.log",
@@ -156,7 +153,7 @@ fn machine(
     runtime: &tokio::runtime::Handle,
 ) -> anyhow::Result<Machine> {
     let agent = Agent::start(&components::zds_socket(&node), runtime)?;
-    let spec = components::proxy(&node, files, &settings.proxy_env)?;
+    let spec = components::proxy(&node, files, &settings.proxy_env);
     Ok(Machine {
         proxy: Supervised::start(spec)?,
         agent,

@@ -12,13 +12,26 @@ use super::up::{self, Interrupts, UpArgs};
 use super::wire::{PodName, PodStatus, Sighting, Status};
 use super::{logs, samples};
 
-const URL: &str = "http://productpage.bookinfo:9080/productpage";
+const CURL: [&str; 5] = [
+    "curl",
+    "-sS",
+    "--max-time",
+    "10",
+    "http://productpage.bookinfo:9080/productpage",
+];
 /// What only the plaintext of the request or of the page contains.
 const NEEDLES: [&str; 3] = [
     "GET /productpage",
     "User-Agent: curl/",
     "The Comedy of Errors",
 ];
+/// What the log lines of refused flows say.
+const NOTHING_CARRIED: &str = "bytes_sent=0 bytes_recv=0";
+const REASONS: [&str; 2] = [
+    "error=\"connection closed due to policy rejection: allow policies exist, but none allowed\"",
+    "error=\"http status: 401 Unauthorized\"",
+];
+const BOTH: [&str; 2] = ["inbound", "outbound"];
 /// How soon an applied policy has to take effect.
 const POLICY_TAKES: Duration = Duration::from_secs(1);
 /// How long a log line may take to be written.
@@ -92,6 +105,12 @@ struct Curl {
     output: String,
 }
 
+/// What curl did, and the access-log lines of it.
+struct Call {
+    curl: Curl,
+    lines: Vec<String>,
+}
+
 impl Curl {
     fn got_page(&self) -> bool {
         self.code == 0 && self.output.contains("The Comedy of Errors")
@@ -122,15 +141,15 @@ impl Demo<'_> {
     fn before_the_policy(&mut self, status: &Status) -> anyhow::Result<()> {
         println!("\nThe curl pod of namespace default asks for the page");
         let watch = self.lab.watch(NEEDLES.map(str::to_owned).to_vec())?;
-        let (curl, lines) = self.call_and_log(status, "default", "deploy/curl", |line| {
-            !line.contains("error=")
-        })?;
+        let call = self.call(status, "default", "deploy/curl", &BOTH)?;
+        let (curl, lines) = (call.curl, call.lines);
         let sighting = watch.stop()?;
         self.story.check("curl gets the page", curl.got_page());
         let parts = curl.output.contains("William Shakespeare") && curl.output.contains("*****");
         self.story
             .check("with the parts of details, reviews and ratings", parts);
-        self.story.check("both proxies logged the flow", lines == 2);
+        let told = lines.len() == 2 && lines.iter().all(|line| !line.contains("error="));
+        self.story.check("both proxies logged the flow", told);
         self.check_sealed(&sighting);
         println!("\nThe client outside the mesh asks for the page, in plaintext");
         let watch = self.lab.watch(NEEDLES.map(str::to_owned).to_vec())?;
@@ -153,14 +172,19 @@ impl Demo<'_> {
         print_indented(samples::POLICY);
         self.lab.apply(samples::policy()?)?;
         let applied = Instant::now();
-        while self.curl("default", "deploy/curl")?.got_page() && applied.elapsed() < POLICY_TAKES {
+        while self.ask("default", "deploy/curl")?.got_page() && applied.elapsed() < POLICY_TAKES {
             std::thread::sleep(LOOK);
         }
         let took = applied.elapsed();
         println!("\nThe curl pod asks again");
         let watch = self.lab.watch(NEEDLES.map(str::to_owned).to_vec())?;
-        let refused = |line: &str| line.contains("error=");
-        let (curl, lines) = self.call_and_log(status, "default", "deploy/curl", refused)?;
+        let call = self.call(status, "default", "deploy/curl", &BOTH)?;
+        let (curl, lines) = (call.curl, call.lines);
+        let told = lines.len() == 2
+            && lines
+                .iter()
+                .zip(REASONS)
+                .all(|(line, reason)| line.contains(NOTHING_CARRIED) && line.ends_with(reason));
         let text = format!(
             "curl is refused, {} ms after the policy was applied",
             took.as_millis()
@@ -169,10 +193,8 @@ impl Demo<'_> {
             &text,
             !curl.got_page() && curl.code != 0 && took < POLICY_TAKES,
         );
-        self.story.check(
-            "both proxies logged the refusal with its reason",
-            lines == 2,
-        );
+        self.story
+            .check("both proxies logged the refusal with its reason", told);
         println!("\nThe gateway's pod asks");
         let curl = self.curl("common-infrastructure", "deploy/shared-gateway-istio")?;
         self.story.check("it gets the page", curl.got_page());
@@ -199,50 +221,67 @@ impl Demo<'_> {
         );
     }
 
-    /// Lets a pod call productpage and shows what both proxies logged of it; says how many lines were `right`.
-    fn call_and_log(
+    /// Lets a pod call productpage and shows what the proxies logged of it.
+    fn call(
         &mut self,
         status: &Status,
         namespace: &str,
         pod: &str,
-        right: impl Fn(&str) -> bool,
-    ) -> anyhow::Result<(Curl, usize)> {
+        directions: &[&str],
+    ) -> anyhow::Result<Call> {
         let client = find(status, namespace, pod)?;
         let server = find(status, "bookinfo", "deploy/productpage-v1")?;
-        let mut from = Vec::new();
-        for (node, direction) in [(&server.node, "inbound"), (&client.node, "outbound")] {
+        let mut logs = Vec::new();
+        for direction in directions {
+            let node = if *direction == "inbound" {
+                &server.node
+            } else {
+                &client.node
+            };
             let path = logs::path(self.lab, "", &format!("proxy/{node}"), None)?;
             let length = std::fs::metadata(&path)?.len();
-            from.push((path, length, direction));
+            logs.push((path, length, direction));
         }
         let curl = self.curl(namespace, pod)?;
-        let mut found = 0;
-        for (path, length, direction) in from {
+        let mut lines = Vec::new();
+        for (path, length, direction) in logs {
             let deadline = Instant::now() + LINE_TAKES;
-            let line = loop {
-                let lines = logs::lines_from(&path, length)?;
-                let line = access_line(&lines, direction, &client.name, &server.name);
-                if line.is_some() || Instant::now() > deadline {
-                    break line;
+            loop {
+                let added = logs::lines_from(&path, length)?;
+                if let Some(line) = access_line(&added, direction, &client.name, &server.name) {
+                    println!("  {line}");
+                    lines.push(line);
+                    break;
+                }
+                if Instant::now() > deadline {
+                    println!("  (no {direction} line in {})", path.display());
+                    break;
                 }
                 std::thread::sleep(LOOK);
-            };
-            match line {
-                Some(line) => {
-                    println!("  {line}");
-                    found += usize::from(right(&line));
-                }
-                None => println!("  (no {direction} line in {})", path.display()),
             }
         }
-        Ok((curl, found))
+        Ok(Call { curl, lines })
     }
 
+    /// Lets a pod call productpage and shows what comes of it.
     fn curl(&mut self, namespace: &str, pod: &str) -> anyhow::Result<Curl> {
+        println!(
+            "  $ warren lab exec -n {namespace} {pod} -- {}",
+            CURL.join(" ")
+        );
+        let curl = self.ask(namespace, pod)?;
+        match curl.output.lines().count() {
+            0..=3 => print_indented(&curl.output),
+            lines => println!("  ({lines} lines of HTML)"),
+        }
+        println!("  exit code {}", curl.code);
+        Ok(curl)
+    }
+
+    fn ask(&mut self, namespace: &str, pod: &str) -> anyhow::Result<Curl> {
         if self.interrupted.pending()? {
             bail!("interrupted");
         }
-        let words = ["curl", "-sS", "--max-time", "10", URL];
         let name = PodName {
             namespace: namespace.into(),
             name: pod.into(),
@@ -252,27 +291,17 @@ impl Demo<'_> {
             let mut text = Vec::new();
             reader.read_to_end(&mut text).map(|_| text)
         });
-        let command = words.map(str::to_owned).to_vec();
+        let command = CURL.map(str::to_owned).to_vec();
         let nothing = std::fs::File::open("/dev/null")?;
         let code = self.lab.exec(&name, command, nothing, &writer, &writer)?;
         drop(writer);
         let output = collect
             .join()
             .map_err(|_| anyhow::anyhow!("reading curl's output"))??;
-        let curl = Curl {
+        Ok(Curl {
             code,
             output: String::from_utf8_lossy(&output).into_owned(),
-        };
-        println!(
-            "  $ warren lab exec -n {namespace} {pod} -- {}",
-            words.join(" ")
-        );
-        match curl.output.lines().count() {
-            0..=3 => print_indented(&curl.output),
-            lines => println!("  ({lines} lines of HTML)"),
-        }
-        println!("  exit code {code}");
-        Ok(curl)
+        })
     }
 }
 

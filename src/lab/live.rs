@@ -2,7 +2,7 @@
 
 use std::io::Result;
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -20,10 +20,6 @@ impl LiveFolder {
     /// `scratch` is on the same file system.
     pub fn new(path: PathBuf, scratch: PathBuf) -> Self {
         Self { path, scratch }
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Writes an object; a reader sees the old one or the new one, never a part.
