@@ -201,9 +201,12 @@ impl Demo<'_> {
         let sighting = watch.stop()?;
         self.check_sealed(&sighting);
         println!("\nThe client outside the mesh asks again");
-        let curl = self.curl("outside", "deploy/client")?;
+        let call = self.call(status, "outside", "deploy/client", &["inbound"])?;
+        let refused = call.curl.code != 0 && !call.curl.got_page();
+        self.story.check("it is refused", refused);
+        let told = call.lines.iter().any(|line| line.ends_with(REASONS[0]));
         self.story
-            .check("it is refused", curl.code != 0 && !curl.got_page());
+            .check("and the proxy of productpage logged it", told);
         Ok(())
     }
 
