@@ -81,7 +81,14 @@ fn is_usable(
         return false;
     }
     match (entry.service.ports.get(&port), purpose) {
-        (Some(0), Purpose::Serve) => endpoint.ports.contains_key(&port),
+        (Some(0), Purpose::Serve) => match endpoint.ports.get(&port) {
+            None => false,
+            Some(0) => {
+                let tunnel = workload.application_tunnel;
+                tunnel.is_some_and(|tunnel| tunnel.port.is_some())
+            }
+            Some(_) => true,
+        },
         (Some(_), _) => true,
         (None, Purpose::Serve) => false,
         (None, Purpose::Waypoint) => workload.application_tunnel.is_some(),
@@ -244,6 +251,43 @@ mod tests {
         let mut unreachable = well();
         unreachable.addresses.clear();
         assert!(picks(web(), vec![unreachable], 80).is_empty());
+    }
+
+    #[test]
+    fn an_endpoint_that_cannot_resolve_a_named_port_is_not_picked() {
+        use crate::mesh::workload::{ApplicationTunnel, TunnelProtocol};
+        let mut web = service("b", "web", "10.96.0.1");
+        web.ports = [(80, 0)].into();
+        let tunnel = |port| {
+            let protocol = TunnelProtocol::None;
+            Some(ApplicationTunnel { protocol, port })
+        };
+        // the endpoint's own ports, its application tunnel, whether it is picked
+        let cases = [
+            (vec![(80, 8080)], None, true),
+            (vec![(80, 0)], None, false),
+            (vec![(81, 8080)], None, false),
+            (vec![], None, false),
+            (vec![(80, 0)], tunnel(Some(15088)), true),
+            (vec![(80, 0)], tunnel(None), false),
+            (vec![], tunnel(Some(15088)), false),
+        ];
+        for (ports, tunnel, picked) in cases {
+            let client = pod("a", "client", "10.0.0.1");
+            let mut unclear = pod("b", "unclear", "10.0.0.2");
+            let told = format!("{ports:?} {tunnel:?}");
+            unclear
+                .services
+                .insert(web.key(), ports.into_iter().collect());
+            unclear.application_tunnel = tunnel;
+            let mesh = mesh(vec![
+                Resource::Service(web.clone()),
+                Resource::Workload(unclear),
+            ]);
+            let entry = mesh.service_entry(&web.key()).unwrap();
+            let found = pick(&mesh, entry, &client, 80, Purpose::Serve, &mut |_| 0);
+            assert_eq!(found.is_some(), picked, "{told}");
+        }
     }
 
     #[test]

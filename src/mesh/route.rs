@@ -1,5 +1,6 @@
 //! The outbound decision: where a captured flow goes, and how.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -46,6 +47,8 @@ pub enum RouteError {
     NoHealthyUpstream(SocketAddr),
     #[error("unknown waypoint: {0}")]
     UnknownWaypoint(String),
+    #[error("unknown network gateway: {0}")]
+    UnknownGateway(String),
     #[error("no valid routing destination for workload: Workload{{{0}}}")]
     NoDestination(String),
     #[error("no service for target address: {0}")]
@@ -128,7 +131,7 @@ pub fn decide(
     };
     if upstream.workload.network != source.network {
         return match addressed {
-            Some(_) => Err(across(upstream.workload)),
+            Some(_) => Err(across(mesh, source, upstream.workload, target, random)),
             None => Err(RouteError::NoService(target)),
         };
     }
@@ -191,9 +194,9 @@ fn to_waypoint(
     service: Option<&Arc<Service>>,
     random: Random<'_>,
 ) -> Result<Route, RouteError> {
-    let upstream = resolve(mesh, source, waypoint, target, random)?;
+    let upstream = resolve(mesh, source, waypoint, Role::Waypoint, target, random)?;
     if upstream.workload.network != source.network {
-        return Err(across(upstream.workload));
+        return Err(across(mesh, source, upstream.workload, target, random));
     }
     let ip = upstream
         .ip
@@ -208,9 +211,19 @@ fn to_waypoint(
     })
 }
 
-fn across(workload: &Workload) -> RouteError {
-    if workload.network_gateway.is_none() {
+/// Why what was chosen for a flow cannot be reached from the source's network.
+fn across(
+    mesh: &Mesh,
+    source: &Workload,
+    workload: &Workload,
+    target: SocketAddr,
+    random: Random<'_>,
+) -> RouteError {
+    let Some(gateway) = &workload.network_gateway else {
         return RouteError::no_destination(workload);
+    };
+    if let Err(error) = resolve(mesh, source, gateway, Role::Gateway, target, random) {
+        return error;
     }
     RouteError::OtherNetwork {
         workload: workload.name.to_string(),
@@ -305,24 +318,43 @@ fn address_of(workload: &Workload, service: &Service, original: IpAddr) -> Optio
         .copied()
 }
 
-/// Turns a waypoint reference into a workload and the port to dial.
+/// What a reference is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Waypoint,
+    /// The way into another network.
+    Gateway,
+}
+
+impl Role {
+    /// The error that what a reference means cannot be dialled.
+    fn unknown(self, reference: &GatewayAddress, why: &str) -> RouteError {
+        let name: &dyn fmt::Display = match &reference.destination {
+            GatewayDestination::Address(address) => address,
+            GatewayDestination::Hostname(name) => &name.hostname,
+        };
+        match self {
+            Self::Waypoint => RouteError::UnknownWaypoint(format!("waypoint {name} {why}")),
+            Self::Gateway => RouteError::UnknownGateway(format!("network gateway {name} {why}")),
+        }
+    }
+}
+
+/// Turns a reference into a workload and the port to dial.
 fn resolve<'a>(
     mesh: &'a Mesh,
     source: &Workload,
-    waypoint: &GatewayAddress,
+    reference: &GatewayAddress,
+    role: Role,
     target: SocketAddr,
     random: Random<'_>,
 ) -> Result<Upstream<'a>, RouteError> {
-    let port = waypoint.hbone_mtls_port;
-    let unknown =
-        || RouteError::UnknownWaypoint(format!("waypoint {} not found", waypoint.destination));
-    let unhealthy = || {
-        RouteError::UnknownWaypoint(format!(
-            "waypoint {} has no healthy endpoint",
-            waypoint.destination
-        ))
+    let port = reference.hbone_mtls_port;
+    let purpose = match role {
+        Role::Waypoint => Purpose::Waypoint,
+        Role::Gateway => Purpose::Serve,
     };
-    let (service, workload, original) = match &waypoint.destination {
+    let (service, workload, original) = match &reference.destination {
         GatewayDestination::Address(address) => (
             mesh.service_by_vip(&address.network, &address.address, None),
             mesh.workload_by_ip(&address.network, &address.address),
@@ -335,18 +367,10 @@ fn resolve<'a>(
         ),
     };
     if let Some(entry) = service.and_then(|service| mesh.service_entry(&service.key())) {
-        return balanced(
-            mesh,
-            entry,
-            source,
-            port,
-            original,
-            Purpose::Waypoint,
-            random,
-        )
-        .ok_or_else(unhealthy);
+        return balanced(mesh, entry, source, port, original, purpose, random)
+            .ok_or_else(|| role.unknown(reference, "has no healthy endpoint"));
     }
-    let workload = workload.ok_or_else(unknown)?;
+    let workload = workload.ok_or_else(|| role.unknown(reference, "not found"))?;
     let fitting = workload.addresses.iter().find(|ip| **ip == original);
     let same_family = || {
         workload

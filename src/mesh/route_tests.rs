@@ -37,6 +37,8 @@ struct World {
     service: Service,
     waypoint: Workload,
     client: Workload,
+    /// What else there is.
+    more: Vec<Resource>,
 }
 
 impl World {
@@ -46,16 +48,19 @@ impl World {
             service: service("b", "web", "10.96.0.1"),
             waypoint: pod("b", "waypoint", "10.0.0.20"),
             client: pod("a", "curl", "10.0.0.1"),
+            more: vec![],
         }
     }
 
     fn route(&self, target: &str) -> Result<Route, RouteError> {
-        let mesh = mesh(vec![
+        let mut resources = vec![
             Resource::Service(self.service.clone()),
             Resource::Workload(serving(self.web.clone(), &self.service)),
             Resource::Workload(self.waypoint.clone()),
             Resource::Workload(self.client.clone()),
-        ]);
+        ];
+        resources.extend(self.more.iter().cloned());
+        let mesh = mesh(resources);
         let client = SocketAddr::new(self.client.addresses[0], 4444);
         decide(
             &mesh,
@@ -186,7 +191,7 @@ fn a_services_waypoint_takes_everything_sent_to_the_service() {
     world.service.waypoint = waypoint_named("nowhere");
     assert_eq!(
         world.told(VIP),
-        "unknown waypoint: waypoint b/nowhere not found"
+        "unknown waypoint: waypoint nowhere not found"
     );
     world.service.waypoint = waypoint_named("wp.example");
     world.waypoint.hostname = "wp.example".into();
@@ -293,18 +298,138 @@ fn an_application_tunnel_stands_in_for_a_missing_port_of_a_waypoint() {
 
 #[test]
 fn other_networks_are_refused_clearly() {
-    let mut world = World::new();
-    world.web.network = "elsewhere".into();
-    assert_eq!(
-        world.told(VIP),
-        "no valid routing destination for workload: Workload{web with uid Kubernetes//Pod/b/web (HBONE)}"
-    );
-    world.web.network_gateway = waypoint_at("10.0.0.20");
-    assert!(
-        world.told(VIP).contains("not supported"),
-        "{}",
-        world.told(VIP)
-    );
+    const UNSUPPORTED: &str = "workload web is on network \"far\": reaching other networks is not supported by this version";
+    let unserved = service("b", "gw", "10.96.0.20");
+    // gateway of the network, outcome
+    let cases = [
+        (
+            None,
+            "no valid routing destination for workload: Workload{web with uid Kubernetes//Pod/b/web (HBONE)}",
+        ),
+        (waypoint_at("10.0.0.20"), UNSUPPORTED),
+        (waypoint_named("wp.example"), UNSUPPORTED),
+        (
+            waypoint_at("10.0.0.99"),
+            "unknown network gateway: network gateway /10.0.0.99 not found",
+        ),
+        (
+            waypoint_named("nowhere"),
+            "unknown network gateway: network gateway nowhere not found",
+        ),
+        (
+            waypoint_at("10.96.0.20"),
+            "unknown network gateway: network gateway /10.96.0.20 has no healthy endpoint",
+        ),
+    ];
+    for (gateway, expected) in cases {
+        let mut world = World::new();
+        world.more.push(Resource::Service(unserved.clone()));
+        world.waypoint.hostname = "wp.example".into();
+        world.web.network = "far".into();
+        world.web.network_gateway = gateway.clone();
+        assert_eq!(world.told(VIP), expected, "endpoint, {gateway:?}");
+
+        // The same when the far workload is a waypoint, behind a service of its own.
+        let front = service("b", "front", "10.96.0.40");
+        let mut far = serving(pod("b", "web", "10.9.0.9"), &front);
+        (far.network, far.network_gateway) = ("far".into(), gateway.clone());
+        far.application_tunnel = Some(ApplicationTunnel {
+            protocol: TunnelProtocol::Proxy,
+            port: Some(15088),
+        });
+        let mut world = World::new();
+        world.waypoint.hostname = "wp.example".into();
+        world.web = pod("b", "other", "10.0.0.8");
+        world.service.waypoint = waypoint_at("10.96.0.40");
+        world.more = vec![
+            Resource::Service(unserved.clone()),
+            Resource::Service(front),
+            Resource::Workload(far),
+        ];
+        assert_eq!(world.told(VIP), expected, "waypoint, {gateway:?}");
+    }
+}
+
+#[test]
+fn what_comes_from_a_waypoint_does_not_go_to_it_again() {
+    let gateway = || {
+        let mut gateway = service("b", "gw", "10.96.0.20");
+        gateway.ports = [(15008, 15008)].into();
+        gateway
+    };
+    let through = "Hbone 10.0.0.20:15008 10.0.0.9:8080 [waypoint] ";
+    let direct = "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] ";
+    let references = [
+        waypoint_at("10.0.0.20"),
+        waypoint_named("wp.example"),
+        waypoint_at("10.96.0.20"),
+        waypoint_named("gw.b.svc.cluster.local"),
+    ];
+    for reference in references {
+        let world = || {
+            let mut world = World::new();
+            world.more.push(Resource::Service(gateway()));
+            world.waypoint.hostname = "wp.example".into();
+            world.waypoint = serving(world.waypoint, &gateway());
+            world.web.waypoint = reference.clone();
+            world
+        };
+        assert_eq!(world().told(POD), through, "{reference:?}");
+
+        let mut itself = world();
+        itself.client = itself.waypoint.clone();
+        assert_eq!(itself.told(POD), direct, "{reference:?}");
+
+        // A pod that runs as the waypoint's account is not the waypoint: it does not own its address.
+        let mut namesake = world();
+        namesake.client.identity = namesake.waypoint.identity.clone();
+        assert_eq!(namesake.told(POD), through, "{reference:?}");
+    }
+}
+
+#[test]
+fn a_workloads_waypoint_that_cannot_be_found_is_not_gone_around() {
+    let cases = [
+        (
+            waypoint_at("10.0.0.99"),
+            "unknown waypoint: waypoint /10.0.0.99 not found",
+        ),
+        (
+            waypoint_named("nowhere"),
+            "unknown waypoint: waypoint nowhere not found",
+        ),
+    ];
+    for (waypoint, expected) in cases {
+        let mut world = World::new();
+        world.web.waypoint = waypoint;
+        assert_eq!(world.told(POD), expected);
+        world.web.protocol = Protocol::Tcp;
+        assert_eq!(world.told(POD), expected);
+        assert_eq!(world.told(VIP), "Tcp 10.0.0.9:8080  [] web");
+    }
+}
+
+#[test]
+fn a_services_waypoint_comes_before_its_balancing() {
+    let passthrough = LoadBalancer {
+        routing_preferences: vec![],
+        mode: BalanceMode::Passthrough,
+        health_policy: HealthPolicy::OnlyHealthy,
+    };
+    // balancer, health of the endpoint
+    let cases = [
+        (Some(passthrough), HealthStatus::Healthy),
+        (None, HealthStatus::Unhealthy),
+    ];
+    for (balancer, health) in cases {
+        let mut world = World::new();
+        world.service.waypoint = waypoint_at("10.0.0.20");
+        (world.service.load_balancer, world.web.status) = (balancer, health);
+        assert_eq!(
+            world.told(VIP),
+            "Hbone 10.0.0.20:15008 10.96.0.1:80 [waypoint] web"
+        );
+    }
 }
 
 #[test]
