@@ -349,3 +349,7 @@ fn remove_key<K: std::hash::Hash + Eq + Clone>(
 #[cfg(test)]
 #[path = "store_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "history_tests.rs"]
+mod history_tests;
