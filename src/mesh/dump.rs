@@ -345,39 +345,5 @@ fn part(known: &Match) -> Value {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::mesh::store::AddressResource as Resource;
-    use crate::mesh::testing::{mesh, pod, service, serving};
-
-    #[test]
-    fn empty_things_are_left_out_and_the_rest_is_named_as_agreed() {
-        let web = service("b", "web", "10.96.0.1");
-        let mesh = mesh(vec![
-            Resource::Service(web.clone()),
-            Resource::Workload(serving(pod("b", "web", "10.0.0.9"), &web)),
-        ]);
-        assert_eq!(
-            workloads(&mesh),
-            json!([{
-                "workloadIps": ["10.0.0.9"], "protocol": "HBONE", "networkMode": "Standard",
-                "uid": "Kubernetes//Pod/b/web", "name": "web", "namespace": "b", "trustDomain": "cluster.local",
-                "serviceAccount": "web", "workloadName": "web", "workloadType": "deployment",
-                "canonicalName": "web", "canonicalRevision": "v1", "node": "n1", "status": "Healthy",
-                "clusterId": "Kubernetes", "services": ["b/web.b.svc.cluster.local"], "capacity": 1
-            }])
-        );
-        assert_eq!(
-            services(&mesh),
-            json!([{
-                "name": "web", "namespace": "b", "hostname": "web.b.svc.cluster.local", "vips": ["/10.96.0.1"],
-                "ports": { "80": 8080 },
-                "endpoints": { "Kubernetes//Pod/b/web": {
-                    "workloadUid": "Kubernetes//Pod/b/web", "port": { "80": 8080 }, "status": "Healthy"
-                } },
-                "subjectAltNames": [], "canonical": false, "visibility": "Public"
-            }])
-        );
-        assert_eq!(staged_services(&mesh), json!({}));
-    }
-}
+#[path = "dump_tests.rs"]
+mod tests;
