@@ -41,3 +41,22 @@ impl SharedMesh {
         self.0.version.subscribe()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_published_mesh_is_seen_by_every_clone_and_signalled_once() {
+        let feed = SharedMesh::new(Arc::default());
+        let reader = feed.clone();
+        let mut changes = reader.subscribe();
+        assert!(!changes.has_changed().unwrap());
+        let newest: Arc<Mesh> = Arc::default();
+        feed.publish(newest.clone());
+        assert!(Arc::ptr_eq(&reader.load(), &newest));
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        assert!(!changes.has_changed().unwrap());
+    }
+}

@@ -223,3 +223,7 @@ fn best<'a>(
     }
     best.map(|(_, service)| service)
 }
+
+#[cfg(test)]
+#[path = "lookup_tests.rs"]
+mod tests;

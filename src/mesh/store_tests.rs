@@ -330,3 +330,162 @@ fn of_equal_ranges_the_service_that_came_first_serves() {
         assert_eq!(&*found.namespace, winner);
     }
 }
+
+#[test]
+fn the_order_within_a_response_does_not_matter_to_endpoints() {
+    let web = service("b", "web", "10.96.0.1");
+    let workload = Resource::Workload(serving(pod("b", "w1", "10.0.0.1"), &web));
+    let web = Resource::Service(web);
+    let orders = [
+        vec![workload.clone(), web.clone()],
+        vec![web.clone(), workload.clone()],
+    ];
+    for resources in orders {
+        let mut store = Store::new("n1");
+        store.apply_addresses(resources, &[]);
+        let mesh = store.snapshot();
+        assert_eq!(endpoints(&mesh, "b", "web"), 1);
+        assert_eq!(mesh.staged().count(), 0);
+    }
+}
+
+#[test]
+fn what_a_response_removes_and_sends_again_is_there() {
+    let mut store = Store::new("n1");
+    let web = service("b", "web", "10.96.0.1");
+    let records = vec![
+        Resource::Workload(serving(pod("b", "w1", "10.0.0.1"), &web)),
+        Resource::Service(web),
+    ];
+    store.apply_addresses(records.clone(), &[]);
+    let removals = [
+        "Kubernetes//Pod/b/w1".to_string(),
+        key("b", "web").to_string(),
+    ];
+    let changes = store.apply_addresses(records, &removals);
+    let mesh = store.snapshot();
+    assert_eq!(endpoints(&mesh, "b", "web"), 1);
+    assert!(mesh.workload_by_ip("", &ip("10.0.0.1")).is_some());
+    assert_eq!(changes.unwanted, []);
+}
+
+#[test]
+fn a_changed_workload_leaves_nothing_of_its_former_self() {
+    let mut store = Store::new("n1");
+    let (web, api) = (
+        service("b", "web", "10.96.0.1"),
+        service("b", "api", "10.96.0.2"),
+    );
+    let mut first = serving(pod("b", "w1", "10.0.0.1"), &web);
+    first.hostname = "w1.example".into();
+    let second = serving(pod("b", "w1", "10.0.0.2"), &api);
+    let resources = vec![
+        Resource::Service(web),
+        Resource::Service(api),
+        Resource::Workload(first),
+    ];
+    store.apply_addresses(resources, &[]);
+    let mut stale = second.clone();
+    stale.node = "n2".into();
+    store.apply_addresses(vec![Resource::Workload(stale)], &[]);
+    let mesh = store.snapshot();
+    assert_eq!(endpoints(&mesh, "b", "web"), 0);
+    assert_eq!(endpoints(&mesh, "b", "api"), 1);
+    assert!(mesh.workload_by_ip("", &ip("10.0.0.1")).is_none());
+    assert!(mesh.workload_by_ip("", &ip("10.0.0.2")).is_some());
+    assert!(mesh.local_workload("b", "w1", "w1").is_none());
+    let hostname = NamespacedHostname {
+        namespace: "b".into(),
+        hostname: "w1.example".into(),
+    };
+    assert!(mesh.workload_by_hostname(&hostname).is_none());
+}
+
+#[test]
+fn unhealthy_endpoints_are_kept_with_their_status() {
+    let mut store = Store::new("n1");
+    let web = service("b", "web", "10.96.0.1");
+    let mut sick = serving(pod("b", "w1", "10.0.0.1"), &web);
+    sick.status = HealthStatus::Unhealthy;
+    let resources = vec![Resource::Service(web), Resource::Workload(sick.clone())];
+    store.apply_addresses(resources, &[]);
+    let status = |store: &Store| {
+        let mesh = store.snapshot();
+        let entry = mesh.service_entry(&key("b", "web")).unwrap();
+        entry.endpoints.get("Kubernetes//Pod/b/w1").unwrap().status
+    };
+    assert_eq!(status(&store), HealthStatus::Unhealthy);
+    sick.status = HealthStatus::Healthy;
+    store.apply_addresses(vec![Resource::Workload(sick)], &[]);
+    assert_eq!(status(&store), HealthStatus::Healthy);
+}
+
+#[test]
+fn without_a_node_name_every_workload_is_local() {
+    let mut store = Store::new("");
+    let mut far = pod("a", "far", "10.0.0.1");
+    far.node = "n9".into();
+    let changes = store.apply_addresses(vec![Resource::Workload(far.clone())], &[]);
+    assert_eq!(changes.wanted, [far.identity]);
+    let mesh = store.snapshot();
+    assert!(mesh.local_workload("a", "far", "far").is_some());
+}
+
+#[test]
+fn a_plain_workload_with_its_own_tunnel_wants_a_certificate() {
+    let mut store = Store::new("n1");
+    let mut native = pod("a", "x", "10.0.0.1");
+    (native.protocol, native.native_tunnel) = (Protocol::Tcp, true);
+    let changes = store.apply_addresses(vec![Resource::Workload(native.clone())], &[]);
+    assert_eq!(changes.wanted, [native.identity]);
+}
+
+#[test]
+fn a_removal_means_a_workload_then_a_service_and_otherwise_nothing() {
+    let mut odd = pod("a", "odd", "10.0.0.1");
+    odd.uid = key("a", "web").to_string().into();
+    let records = vec![
+        Resource::Workload(odd),
+        Resource::Service(service("a", "web", "10.96.0.1")),
+    ];
+    let name = key("a", "web").to_string();
+    let cases: [(&[&str], usize, usize); 5] = [
+        (&[&name], 0, 1),
+        (&[&name, &name], 0, 0),
+        (&["b/web.a.svc.cluster.local"], 1, 1),
+        (&["web.a.svc.cluster.local"], 1, 1),
+        (&["k//Pod/a/unknown", "", "/"], 1, 1),
+    ];
+    for (removals, workloads, services) in cases {
+        let mut store = Store::new("n1");
+        store.apply_addresses(records.clone(), &[]);
+        let removals: Vec<_> = removals.iter().map(|name| name.to_string()).collect();
+        store.apply_addresses(vec![], &removals);
+        let mesh = store.snapshot();
+        assert_eq!(
+            (mesh.workloads().count(), mesh.services().count()),
+            (workloads, services),
+            "{removals:?}"
+        );
+    }
+}
+
+#[test]
+fn a_policy_is_known_by_its_resource_name_alone() {
+    let policy = Policy {
+        key: "istio-system/given".into(),
+        name: "own".into(),
+        namespace: "a".into(),
+        scope: Scope::Namespace,
+        action: Action::Deny,
+        rules: vec![],
+        dry_run: false,
+    };
+    let mut store = Store::new("");
+    store.apply_policies(vec![policy], &["a/own".to_string()]);
+    let mesh = store.snapshot();
+    assert!(mesh.policy("istio-system/given").is_some());
+    assert!(mesh.policy("a/own").is_none());
+    assert_eq!(mesh.policies_for_namespace("a").count(), 1);
+    assert_eq!(mesh.policies_for_namespace("istio-system").count(), 0);
+}
