@@ -1,3 +1,5 @@
+//! The configuration dump, key by key.
+
 use std::sync::Arc;
 
 use super::*;

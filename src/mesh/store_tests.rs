@@ -1,3 +1,5 @@
+//! What updates do to the mesh, rule by rule.
+
 use super::AddressResource as Resource;
 use super::*;
 use crate::mesh::service::Visibility;
