@@ -1,11 +1,15 @@
 //! Questions that the mesh cannot answer, passed on to the upstream servers as they came.
 
 use std::future::Future;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use hickory_proto::op::ResponseCode;
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
@@ -13,10 +17,26 @@ use tokio::time::timeout;
 const ANSWER: Duration = Duration::from_secs(5);
 /// How often all servers are asked.
 const ATTEMPTS: usize = 2;
-/// The byte and bit that say that an answer over UDP was cut off.
-const TRUNCATED: (usize, u8) = (2, 0b10);
-/// The byte and bit that say that an answer is authoritative.
-const AUTHORITATIVE: (usize, u8) = (2, 0b100);
+/// The bytes before the question.
+const HEADER: usize = 12;
+/// The largest message there is.
+const LARGEST: usize = 65_535;
+
+/// A flag of a message: its byte and bit (RFC 1035 §4.1.1, RFC 4035 §3.2.3).
+type Flag = (usize, u8);
+/// The message is an answer.
+const RESPONSE: Flag = (2, 0x80);
+/// The answer is from who owns the name.
+const AUTHORITATIVE: Flag = (2, 0x04);
+/// The answer over UDP was cut off.
+const TRUNCATED: Flag = (2, 0x02);
+/// The server looks further by itself.
+const RECURSION: Flag = (3, 0x80);
+/// The server has verified the answer's signatures.
+const AUTHENTIC: Flag = (3, 0x20);
+
+/// Codes with which a server says that it cannot help: SERVFAIL, NOTIMP and REFUSED. Another may.
+const UNHELPFUL: [u8; 3] = [2, 4, 5];
 
 /// Makes the sockets towards upstream servers, in the pod's namespace for example.
 pub trait Sockets {
@@ -41,10 +61,16 @@ pub fn servers(resolv_conf: &str) -> Vec<SocketAddr> {
     resolv_conf.lines().filter_map(server).take(3).collect()
 }
 
-/// Asks the servers in turn until one answers; `id` is a random number for the question on its way up.
+/// A number for a question on its way up that nobody can guess (RFC 5452 §9.2).
+pub fn random_id() -> u16 {
+    // Every hasher is keyed anew from the process's secret.
+    RandomState::new().build_hasher().finish() as u16
+}
+
+/// Asks the servers in turn until one can answer; `id` is a random number for the question on its way up.
 ///
 /// # Errors
-/// The last server's error.
+/// The last server's error, when none answers.
 pub async fn forward(
     query: &[u8],
     id: u16,
@@ -56,15 +82,25 @@ pub async fn forward(
     };
     let mut asked = query.to_vec();
     asked[..2].copy_from_slice(&id.to_be_bytes());
+    let relayed = |mut answer: Vec<u8>| {
+        answer[..2].copy_from_slice(own_id);
+        set(&mut answer, AUTHORITATIVE, false);
+        set(&mut answer, AUTHENTIC, false);
+        set(&mut answer, RECURSION, true);
+        answer
+    };
     let mut last = io::Error::new(io::ErrorKind::NotFound, "there is no upstream server");
-    for server in servers.iter().cycle().take(servers.len() * ATTEMPTS) {
-        match ask(&asked, *server, sockets).await {
-            Ok(mut answer) => {
-                answer[..2].copy_from_slice(own_id);
-                answer[AUTHORITATIVE.0] &= !AUTHORITATIVE.1;
-                return Ok(answer);
+    for _ in 0..ATTEMPTS {
+        let mut unhelpful = None;
+        for server in servers {
+            match ask(&asked, *server, sockets).await {
+                Ok(answer) if UNHELPFUL.contains(&code(&answer)) => unhelpful = Some(answer),
+                Ok(answer) => return Ok(relayed(answer)),
+                Err(error) => last = error,
             }
-            Err(error) => last = error,
+        }
+        if let Some(answer) = unhelpful {
+            return Ok(relayed(answer));
         }
     }
     Err(last)
@@ -74,18 +110,18 @@ async fn ask(query: &[u8], server: SocketAddr, sockets: &impl Sockets) -> io::Re
     let over_udp = async {
         let socket = sockets.udp(server)?;
         socket.send(query).await?;
-        let mut buffer = vec![0; 4096];
         loop {
-            let length = socket.recv(&mut buffer).await?;
-            // Whatever does not answer this question is somebody's guess.
-            if answers(query, &buffer[..length]) {
-                buffer.truncate(length);
-                return Ok::<_, io::Error>(buffer);
+            let received = receive(&socket).await?;
+            match answers(query, &received) {
+                Reply::Answer => return Ok(received),
+                Reply::Refusal => return Err(refusal(&received)),
+                // Whatever does not answer this question is somebody's guess.
+                Reply::Other => {}
             }
         }
     };
     let answer = timeout(ANSWER, over_udp).await??;
-    if answer[TRUNCATED.0] & TRUNCATED.1 == 0 {
+    if !has(&answer, TRUNCATED) {
         return Ok(answer);
     }
     let over_tcp = async {
@@ -94,15 +130,33 @@ async fn ask(query: &[u8], server: SocketAddr, sockets: &impl Sockets) -> io::Re
         let length = stream.read_u16().await?;
         let mut answer = vec![0; usize::from(length)];
         stream.read_exact(&mut answer).await?;
-        if !answers(query, &answer) {
-            return Err(io::Error::new(
+        match answers(query, &answer) {
+            Reply::Answer => Ok(answer),
+            Reply::Refusal => Err(refusal(&answer)),
+            Reply::Other => Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 "the answer is to another question",
-            ));
+            )),
         }
-        Ok(answer)
     };
     timeout(ANSWER, over_tcp).await?
+}
+
+/// Receives a datagram of any size; there is a buffer only once it has come.
+async fn receive(socket: &UdpSocket) -> io::Result<Vec<u8>> {
+    // That nobody listens there arrives as an error, not as something to read.
+    let interest = Interest::READABLE | Interest::ERROR;
+    let take = || {
+        let mut buffer = vec![0; LARGEST];
+        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        Ok(buffer[..length].to_vec())
+    };
+    socket.async_io(interest, take).await
+}
+
+fn refusal(answer: &[u8]) -> io::Error {
+    let code = ResponseCode::from(0, code(answer));
+    io::Error::other(format!("the upstream server refuses: {code}"))
 }
 
 /// A message as it goes over TCP, behind its length (RFC 1035 §4.2.2).
@@ -113,21 +167,52 @@ pub fn framed(message: &[u8]) -> Vec<u8> {
     framed
 }
 
-/// Whether a message is the response to a query: same number, same question, letter case aside.
-fn answers(query: &[u8], response: &[u8]) -> bool {
+/// What a message is to a query.
+#[derive(Debug, PartialEq, Eq)]
+enum Reply {
+    Answer,
+    /// An error of a server that does not even repeat the question.
+    Refusal,
+    Other,
+}
+
+/// An answer has the same number and the same question, letter case aside.
+fn answers(query: &[u8], message: &[u8]) -> Reply {
     let Some(end) = question_end(query) else {
-        return false;
+        return Reply::Other;
     };
-    response.len() >= end
-        && response[..2] == query[..2]
-        && response[2] & 0x80 != 0
-        && response[4..6] == query[4..6]
-        && response[12..end].eq_ignore_ascii_case(&query[12..end])
+    if message.len() < HEADER || message[..2] != query[..2] || !has(message, RESPONSE) {
+        return Reply::Other;
+    }
+    let same_question = || message[HEADER..end].eq_ignore_ascii_case(&query[HEADER..end]);
+    if message.len() >= end && message[4..6] == query[4..6] && same_question() {
+        Reply::Answer
+    } else if message[4..6] == [0, 0] && code(message) != 0 {
+        Reply::Refusal
+    } else {
+        Reply::Other
+    }
+}
+
+/// Whether a flag of a message is set; not in what is too short for one.
+fn has(message: &[u8], (byte, bit): Flag) -> bool {
+    message.get(byte).is_some_and(|byte| byte & bit != 0)
+}
+
+fn set(message: &mut [u8], (byte, bit): Flag, on: bool) {
+    if let Some(byte) = message.get_mut(byte) {
+        *byte = if on { *byte | bit } else { *byte & !bit };
+    }
+}
+
+/// The response code of a message.
+fn code(message: &[u8]) -> u8 {
+    message.get(3).map_or(0, |byte| byte & 0x0f)
 }
 
 /// Where the only question of a query ends.
 fn question_end(query: &[u8]) -> Option<usize> {
-    let mut at = 12;
+    let mut at = HEADER;
     loop {
         let length = usize::from(*query.get(at)?);
         match length {
@@ -140,121 +225,5 @@ fn question_end(query: &[u8]) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::Ipv4Addr;
-
-    struct Direct;
-
-    impl Sockets for Direct {
-        fn udp(&self, server: SocketAddr) -> io::Result<UdpSocket> {
-            let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-            socket.connect(server)?;
-            socket.set_nonblocking(true)?;
-            UdpSocket::from_std(socket)
-        }
-
-        async fn tcp(&self, server: SocketAddr) -> io::Result<TcpStream> {
-            TcpStream::connect(server).await
-        }
-    }
-
-    /// A query for `ab.` of type A with number 1.
-    const QUERY: &[u8] =
-        b"\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x02ab\x00\x00\x01\x00\x01";
-
-    fn response(query: &[u8], flags: u8) -> Vec<u8> {
-        let mut response = query.to_vec();
-        response[2] |= 0x80 | flags;
-        response
-    }
-
-    #[test]
-    fn nameservers_are_read_and_the_rest_is_passed_over() {
-        let text = "# comment\nsearch a.b\nnameserver 10.0.0.1\nnameserver bad\nnameserver fd00::1 # x\noptions ndots:5\n";
-        assert_eq!(
-            servers(text),
-            [
-                "10.0.0.1:53".parse().unwrap(),
-                "[fd00::1]:53".parse().unwrap()
-            ]
-        );
-    }
-
-    #[tokio::test]
-    async fn guesses_are_ignored_and_the_clients_number_comes_back() {
-        let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = upstream.local_addr().unwrap();
-        let serving = async {
-            let mut buffer = [0; 512];
-            let (length, client) = upstream.recv_from(&mut buffer).await.unwrap();
-            let query = buffer[..length].to_vec();
-            assert_eq!(query[..2], [0xab, 0xcd]);
-            let mut wrong_number = response(&query, 0);
-            wrong_number[0] ^= 1;
-            let mut wrong_name = response(&query, 0);
-            wrong_name[13] = b'x';
-            for packet in [
-                wrong_number,
-                wrong_name,
-                query.clone(),
-                b"x".to_vec(),
-                response(&query, 4),
-            ] {
-                upstream.send_to(&packet, client).await.unwrap();
-            }
-        };
-        let servers = [address];
-        let (answer, ()) = tokio::join!(forward(QUERY, 0xabcd, &servers, &Direct), serving);
-        let answer = answer.unwrap();
-        assert_eq!(answer[..2], [0, 1]);
-        assert_eq!(answer[2] & 4, 0, "not authoritative");
-    }
-
-    #[tokio::test]
-    async fn a_truncated_answer_is_asked_for_again_over_tcp() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let upstream = UdpSocket::bind(address).await.unwrap();
-        let serving = async {
-            let mut buffer = [0; 512];
-            let (length, client) = upstream.recv_from(&mut buffer).await.unwrap();
-            upstream
-                .send_to(&response(&buffer[..length], 2), client)
-                .await
-                .unwrap();
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let length = stream.read_u16().await.unwrap();
-            let mut query = vec![0; usize::from(length)];
-            stream.read_exact(&mut query).await.unwrap();
-            let mut long = response(&query, 0);
-            long.extend([7; 2000]);
-            stream.write_all(&framed(&long)).await.unwrap();
-        };
-        let servers = [address];
-        let (answer, ()) = tokio::join!(forward(QUERY, 9, &servers, &Direct), serving);
-        assert_eq!(answer.unwrap().len(), QUERY.len() + 2000);
-    }
-
-    #[tokio::test]
-    async fn a_dead_server_gives_way_to_the_next() {
-        let dead = UdpSocket::bind("127.0.0.1:0")
-            .await
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let servers = [dead, upstream.local_addr().unwrap()];
-        let serving = async {
-            let mut buffer = [0; 512];
-            let (length, client) = upstream.recv_from(&mut buffer).await.unwrap();
-            upstream
-                .send_to(&response(&buffer[..length], 0), client)
-                .await
-                .unwrap();
-        };
-        let (answer, ()) = tokio::join!(forward(QUERY, 9, &servers, &Direct), serving);
-        answer.unwrap();
-        assert!(forward(QUERY, 9, &[], &Direct).await.is_err());
-    }
-}
+#[path = "forward_tests.rs"]
+mod tests;
