@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME};
-use hickory_proto::rr::{Name, RData, Record, RecordType};
+use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
@@ -25,6 +25,8 @@ const IDLE: Duration = Duration::from_secs(5);
 const CONCURRENT: usize = 1024;
 /// The largest answer over UDP to a client that does not say what it can take (RFC 1035).
 const PLAIN_UDP: u16 = 512;
+/// The largest datagram that IPv4 can carry.
+const LARGEST_UDP: u16 = 65_507;
 
 /// How a query came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,10 +163,10 @@ pub async fn answer(
         return error(id, ResponseCode::FormErr);
     }
     if message.metadata.op_code != OpCode::Query {
-        return encode(failure(&message, ResponseCode::NotImp));
+        return encode(reply(&message, ResponseCode::NotImp));
     }
     let [asked] = &message.queries[..] else {
-        return encode(failure(&message, ResponseCode::FormErr));
+        return encode(reply(&message, ResponseCode::FormErr));
     };
     let name = asked.name().to_lowercase().to_ascii();
     let question = Question {
@@ -176,16 +178,17 @@ pub async fn answer(
         Transport::Tcp => usize::from(u16::MAX),
         Transport::Udp => {
             let wanted = message.edns.as_ref().map_or(PLAIN_UDP, Edns::max_payload);
-            usize::from(wanted.max(PLAIN_UDP))
+            usize::from(wanted.clamp(PLAIN_UDP, LARGEST_UDP))
         }
     };
+    let internet = asked.query_class() == DNSClass::IN;
     let local = match question.kind {
-        RecordType::A | RecordType::AAAA => match resolver.resolve(&question).await {
+        RecordType::A | RecordType::AAAA if internet => match resolver.resolve(&question).await {
             Ok(Resolution::Forward) => None,
             Ok(Resolution::Known { alias, addresses }) => Some((alias, addresses)),
             Err(reason) => {
                 resolver.answered(&question, &reason, 0);
-                return encode(failure(&message, ResponseCode::ServFail));
+                return encode(reply(&message, ResponseCode::ServFail));
             }
         },
         _ => None,
@@ -206,13 +209,13 @@ pub async fn answer(
                 return Some(answer);
             }
             let Ok(parsed) = Message::from_vec(&answer) else {
-                return encode(failure(&message, ResponseCode::ServFail));
+                return encode(reply(&message, ResponseCode::ServFail));
             };
             encode(parsed.truncate())
         }
         Err(failed) => {
             resolver.answered(&question, &format!("forwarding failed ({failed})"), 0);
-            encode(failure(&message, ResponseCode::ServFail))
+            encode(reply(&message, ResponseCode::ServFail))
         }
     }
 }
@@ -273,10 +276,6 @@ fn reply(query: &Message, code: ResponseCode) -> Message {
         response.set_edns(edns);
     }
     response
-}
-
-fn failure(query: &Message, code: ResponseCode) -> Message {
-    reply(query, code)
 }
 
 fn error(id: u16, code: ResponseCode) -> Option<Vec<u8>> {
