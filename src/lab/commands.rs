@@ -7,6 +7,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 
 use super::client::Lab;
+use super::say::say;
 use super::state::StateDir;
 use super::up::{self, UpArgs};
 use super::wire::PodName;
@@ -110,9 +111,9 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             if !lab.down()? {
                 bail!("there is no running lab called {name}");
             }
-            println!("lab {name} is down");
+            say!("lab {name} is down");
         }
-        Command::Status => print!("{}", status::render(&lab.status()?)),
+        Command::Status => say!("{}", status::render(&lab.status()?).trim_end()),
         Command::Apply { file } => print_lines(&lab.apply(manifest::load(&file)?)?),
         Command::Delete { file } => {
             let keys = manifest::load(&file)?.into_iter().map(|o| o.key).collect();
@@ -151,6 +152,6 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
 
 fn print_lines(lines: &[String]) {
     for line in lines {
-        println!("{line}");
+        say!("{line}");
     }
 }

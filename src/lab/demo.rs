@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::client::Lab;
+use super::say::say;
 use super::story::{Story, access_line};
 use super::up::{self, Interrupts, UpArgs};
 use super::wire::{PodName, PodStatus, Sighting, Status};
@@ -46,12 +47,12 @@ pub fn run(lab: &Lab) -> anyhow::Result<ExitCode> {
     need_curl()?;
     let mut interrupted = Interrupts::block()?;
     let started = Instant::now();
-    println!("A mesh of two nodes on this machine, in namespaces of its own");
+    say!("A mesh of two nodes on this machine, in namespaces of its own");
     let arguments = UpArgs {
         nodes: 2,
         ..UpArgs::default()
     };
-    let show = |line: &str| println!("  {line}");
+    let show = |line: &str| say!("  {line}");
     let launched = up::start(
         lab,
         &arguments,
@@ -65,7 +66,7 @@ pub fn run(lab: &Lab) -> anyhow::Result<ExitCode> {
         interrupted,
     };
     let told = demo.tell();
-    println!("\nDown again");
+    say!("\nDown again");
     lab.down()?;
     if let Some(mut launched) = launched {
         launched.wait()?;
@@ -74,7 +75,7 @@ pub fn run(lab: &Lab) -> anyhow::Result<ExitCode> {
         .check("nothing is left", !lab.dir().path().exists());
     told?;
     let failed = demo.story.failed();
-    println!(
+    say!(
         "\n{failed} of {} expectations failed, {:.1}s in all",
         demo.story.checked(),
         started.elapsed().as_secs_f32()
@@ -120,13 +121,13 @@ impl Curl {
 impl Demo<'_> {
     fn tell(&mut self) -> anyhow::Result<()> {
         let status = self.lab.status()?;
-        println!("\nThe pods");
+        say!("\nThe pods");
         for pod in &status.pods {
             let capture = match pod.capture {
                 super::wire::Capture::Captured => "captured",
                 _ => "outside the mesh",
             };
-            println!(
+            say!(
                 "  {:7} {:10} {}/{} ({capture})",
                 pod.node,
                 pod.address.to_string(),
@@ -139,7 +140,7 @@ impl Demo<'_> {
     }
 
     fn before_the_policy(&mut self, status: &Status) -> anyhow::Result<()> {
-        println!("\nThe curl pod of namespace default asks for the page");
+        say!("\nThe curl pod of namespace default asks for the page");
         let watch = self.lab.watch(NEEDLES.map(str::to_owned).to_vec())?;
         let call = self.call(status, "default", "deploy/curl", &BOTH)?;
         let (curl, lines) = (call.curl, call.lines);
@@ -151,7 +152,7 @@ impl Demo<'_> {
         let told = lines.len() == 2 && lines.iter().all(|line| !line.contains("error="));
         self.story.check("both proxies logged the flow", told);
         self.check_sealed(&sighting);
-        println!("\nThe client outside the mesh asks for the page, in plaintext");
+        say!("\nThe client outside the mesh asks for the page, in plaintext");
         let watch = self.lab.watch(NEEDLES.map(str::to_owned).to_vec())?;
         let curl = self.curl("outside", "deploy/client")?;
         let sighting = watch.stop()?;
@@ -168,7 +169,7 @@ impl Demo<'_> {
     }
 
     fn with_the_policy(&mut self, status: &Status) -> anyhow::Result<()> {
-        println!("\nA policy: only the gateway may call productpage");
+        say!("\nA policy: only the gateway may call productpage");
         print_indented(samples::POLICY);
         self.lab.apply(samples::policy()?)?;
         let applied = Instant::now();
@@ -176,7 +177,7 @@ impl Demo<'_> {
             std::thread::sleep(LOOK);
         }
         let took = applied.elapsed();
-        println!("\nThe curl pod asks again");
+        say!("\nThe curl pod asks again");
         let watch = self.lab.watch(NEEDLES.map(str::to_owned).to_vec())?;
         let call = self.call(status, "default", "deploy/curl", &BOTH)?;
         let (curl, lines) = (call.curl, call.lines);
@@ -195,12 +196,12 @@ impl Demo<'_> {
         );
         self.story
             .check("both proxies logged the refusal with its reason", told);
-        println!("\nThe gateway's pod asks");
+        say!("\nThe gateway's pod asks");
         let curl = self.curl("common-infrastructure", "deploy/shared-gateway-istio")?;
         self.story.check("it gets the page", curl.got_page());
         let sighting = watch.stop()?;
         self.check_sealed(&sighting);
-        println!("\nThe client outside the mesh asks again");
+        say!("\nThe client outside the mesh asks again");
         let call = self.call(status, "outside", "deploy/client", &["inbound"])?;
         let refused = call.curl.code != 0 && !call.curl.got_page();
         self.story.check("it is refused", refused);
@@ -211,9 +212,10 @@ impl Demo<'_> {
     }
 
     fn check_sealed(&mut self, sighting: &Sighting) {
-        println!(
+        say!(
             "  the bridge carried {} frames, {} of them in tunnels",
-            sighting.frames, sighting.tunnel_frames
+            sighting.frames,
+            sighting.tunnel_frames
         );
         let sealed = sighting.found.iter().all(|count| *count == 0)
             && sighting.tunnel_frames > 0
@@ -252,12 +254,12 @@ impl Demo<'_> {
             loop {
                 let added = logs::lines_from(&path, length)?;
                 if let Some(line) = access_line(&added, direction, &client.name, &server.name) {
-                    println!("  {line}");
+                    say!("  {line}");
                     lines.push(line);
                     break;
                 }
                 if Instant::now() > deadline {
-                    println!("  (no {direction} line in {})", path.display());
+                    say!("  (no {direction} line in {})", path.display());
                     break;
                 }
                 std::thread::sleep(LOOK);
@@ -268,16 +270,16 @@ impl Demo<'_> {
 
     /// Lets a pod call productpage and shows what comes of it.
     fn curl(&mut self, namespace: &str, pod: &str) -> anyhow::Result<Curl> {
-        println!(
+        say!(
             "  $ warren lab exec -n {namespace} {pod} -- {}",
             CURL.join(" ")
         );
         let curl = self.ask(namespace, pod)?;
         match curl.output.lines().count() {
             0..=3 => print_indented(&curl.output),
-            lines => println!("  ({lines} lines of HTML)"),
+            lines => say!("  ({lines} lines of HTML)"),
         }
-        println!("  exit code {}", curl.code);
+        say!("  exit code {}", curl.code);
         Ok(curl)
     }
 
@@ -314,6 +316,6 @@ fn find<'a>(status: &'a Status, namespace: &str, name: &str) -> anyhow::Result<&
 
 fn print_indented(text: &str) {
     for line in text.lines() {
-        println!("  {line}");
+        say!("  {line}");
     }
 }

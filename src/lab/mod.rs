@@ -29,6 +29,7 @@ mod process;
 mod progress;
 mod samples;
 mod sandbox;
+mod say;
 mod serve;
 mod server;
 mod service_rules;

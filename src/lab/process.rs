@@ -231,9 +231,12 @@ mod tests {
 
     #[test]
     fn a_process_that_ignores_the_request_is_ended_by_force() {
-        let spec = shell("trap '' TERM; while :; do sleep 0.05; done", "force");
+        let spec = shell(
+            "trap '' TERM; echo up; while :; do sleep 0.05; done",
+            "force",
+        );
         let process = Supervised::start(spec.clone()).unwrap();
-        while process.state().group.is_none() {
+        while !std::fs::read_to_string(&spec.log).is_ok_and(|log| log.contains("up")) {
             std::thread::sleep(Duration::from_millis(5));
         }
         process.ask_to_stop();

@@ -6,8 +6,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The longest name: the control socket's path has to fit a socket address.
 const LONGEST_NAME: usize = 32;
+/// The paths of sockets in the folder have to fit a socket address.
+const LONGEST_PATH: usize = 80;
 
 /// Where a lab keeps its files.
 #[derive(Clone, Debug)]
@@ -28,9 +29,12 @@ impl StateDir {
             );
             return Err(Error::new(ErrorKind::InvalidInput, reason));
         }
-        Ok(Self {
-            path: root().join(name),
-        })
+        let path = root().join(name);
+        if path.as_os_str().len() > LONGEST_PATH {
+            let reason = format!("{} is too long a path; set TMPDIR=/tmp", path.display());
+            return Err(Error::new(ErrorKind::InvalidInput, reason));
+        }
+        Ok(Self { path })
     }
 
     /// A folder that is known to exist.
@@ -164,8 +168,9 @@ pub fn living() -> Vec<String> {
     names
 }
 
+/// In `$TMPDIR`, or `/tmp`.
 fn root() -> PathBuf {
-    PathBuf::from(format!("/tmp/warren-lab-{}", nix::unistd::getuid()))
+    std::env::temp_dir().join(format!("warren-lab-{}", nix::unistd::getuid()))
 }
 
 /// Makes a folder that only this user can read, and refuses one that is somebody else's.

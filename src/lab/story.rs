@@ -1,5 +1,7 @@
 //! The expectations of a demonstration: said, checked, counted.
 
+use super::say::say;
+
 /// What was expected so far.
 #[derive(Debug, Default)]
 pub struct Story {
@@ -12,7 +14,7 @@ impl Story {
     pub fn check(&mut self, what: &str, met: bool) {
         self.checked += 1;
         self.failed += usize::from(!met);
-        println!("  {} {what}", if met { "[ok]" } else { "[FAILED]" });
+        say!("  {} {what}", if met { "[ok]" } else { "[FAILED]" });
     }
 
     pub fn checked(&self) -> usize {

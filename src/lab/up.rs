@@ -13,6 +13,7 @@ use super::client::Lab;
 use super::daemon::Settings;
 use super::manifest::{self, Object};
 use super::sandbox::{self, Launched};
+use super::say::say;
 use super::{addresses, plan, samples, state};
 
 const LOOK: Duration = Duration::from_millis(100);
@@ -51,23 +52,23 @@ pub fn run(lab: &Lab, arguments: &UpArgs) -> anyhow::Result<ExitCode> {
     };
     let mut interrupted = Interrupts::block()?;
     let launched = start(lab, arguments, objects, &mut interrupted, |line| {
-        println!("{line}")
+        say!("{line}")
     })?;
     let name = lab.dir().name();
-    println!("lab {name} is up; see it with: warren lab status --name {name}");
+    say!("lab {name} is up; see it with: warren lab status --name {name}");
     let Some(mut launched) = launched else {
         return Ok(ExitCode::SUCCESS);
     };
-    println!("Ctrl-C takes it down");
+    say!("Ctrl-C takes it down");
     while !interrupted.pending()? {
         if launched.has_ended() {
             lab.dir().remove_if_dead()?;
-            println!("lab {name} is down");
+            say!("lab {name} is down");
             return Ok(ExitCode::SUCCESS);
         }
         std::thread::sleep(LOOK);
     }
-    println!("taking lab {name} down");
+    say!("taking lab {name} down");
     lab.down()?;
     launched.wait()?;
     Ok(ExitCode::SUCCESS)
