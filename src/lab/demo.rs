@@ -259,7 +259,8 @@ impl Demo<'_> {
                     break;
                 }
                 if Instant::now() > deadline {
-                    say!("  (no {direction} line in {})", path.display());
+                    say!("  (no {direction} line in {}; there is)", path.display());
+                    added.iter().for_each(|line| say!("    {line}"));
                     break;
                 }
                 std::thread::sleep(LOOK);

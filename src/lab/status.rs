@@ -2,10 +2,11 @@
 
 use std::fmt::Write;
 
-use super::cluster::{Cluster, Machine};
+use super::cluster::{Cluster, Machine, PodKey};
 use super::pod::Pod;
 use super::process::Supervised;
 use super::services;
+use super::topology::Node;
 use super::wire::{Capture, NodeStatus, PodStatus, Process, Status};
 use super::{addresses, health};
 
@@ -27,6 +28,7 @@ pub fn collect(cluster: &Cluster) -> Status {
         name: machine.node.name.clone(),
         address: machine.node.address,
         proxy: process(&machine.proxy, health::proxy_is_ready(&machine.node)),
+        news: news(cluster, &machine.node),
     };
     let pod = |pod: &Pod| PodStatus {
         namespace: pod.plan.namespace.clone(),
@@ -47,6 +49,19 @@ pub fn collect(cluster: &Cluster) -> Status {
     }
 }
 
+/// The ready pods that a node's proxy has not yet heard of as they are.
+fn news(cluster: &Cluster, node: &Node) -> Vec<String> {
+    let known = health::known_pods(node);
+    let is_news = |(key, pod): &(&PodKey, &Pod)| {
+        let right =
+            |k: &health::KnownPod| k.healthy && k.tunnels == (pod.capture == Capture::Captured);
+        pod.is_ready() && !known.get(*key).is_some_and(right)
+    };
+    let news = cluster.pods.iter().filter(is_news);
+    news.map(|((namespace, name), _)| format!("{namespace}/{name}"))
+        .collect()
+}
+
 /// What is not ready, in words; empty when the lab is up.
 pub fn waiting_for(status: &Status) -> Vec<String> {
     let mut waiting = Vec::new();
@@ -55,6 +70,17 @@ pub fn waiting_for(status: &Status) -> Vec<String> {
     }
     for node in status.nodes.iter().filter(|n| !n.proxy.ready) {
         waiting.push(format!("the proxy of {}", node.name));
+    }
+    for node in status
+        .nodes
+        .iter()
+        .filter(|n| n.proxy.ready && !n.news.is_empty())
+    {
+        waiting.push(format!(
+            "the proxy of {} to hear of {}",
+            node.name,
+            node.news.join(" and ")
+        ));
     }
     for pod in &status.pods {
         let name = format!("pod {}/{}", pod.namespace, pod.name);
@@ -71,7 +97,7 @@ pub fn waiting_for(status: &Status) -> Vec<String> {
 pub fn render(status: &Status) -> String {
     let ready = |ready| if ready { "ready" } else { "not ready" }.to_owned();
     let mut nodes = vec![
-        ["NODE", "ADDRESS", "PROXY", "RESTARTS"]
+        ["NODE", "ADDRESS", "PROXY", "RESTARTS", "PODS KNOWN"]
             .map(str::to_owned)
             .to_vec(),
     ];
@@ -81,13 +107,16 @@ pub fn render(status: &Status) -> String {
         control,
         ready(status.control.ready),
         status.control.restarts.to_string(),
+        String::new(),
     ]);
+    let count = status.pods.iter().filter(|p| p.ready).count();
     for node in &status.nodes {
         nodes.push(vec![
             node.name.clone(),
             node.address.to_string(),
             ready(node.proxy.ready),
             node.proxy.restarts.to_string(),
+            format!("{}/{count}", count.saturating_sub(node.news.len())),
         ]);
     }
     let head = [

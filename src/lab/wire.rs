@@ -74,6 +74,8 @@ pub struct NodeStatus {
     pub name: String,
     pub address: Ipv4Addr,
     pub proxy: Process,
+    /// The ready pods that its proxy has not yet heard of as they are, `namespace/name`.
+    pub news: Vec<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
