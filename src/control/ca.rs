@@ -55,11 +55,6 @@ impl Authority {
         })
     }
 
-    /// The root certificate, PEM.
-    pub fn root(&self) -> &str {
-        &self.root
-    }
-
     /// Signs a workload's request; gives the chain as one PEM per certificate, the root last.
     ///
     /// The request gives the key only: whom the certificate names is decided here.
