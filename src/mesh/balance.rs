@@ -254,6 +254,32 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_without_addresses_is_picked_when_something_leads_to_it() {
+        use crate::mesh::workload::{GatewayAddress, GatewayDestination};
+        let gateway = || GatewayAddress {
+            destination: GatewayDestination::Hostname(key("b", "gw")),
+            hbone_mtls_port: 15008,
+        };
+        // network, hostname, gateway of the network, whether it is picked
+        let cases = [
+            ("", "", None, false),
+            ("", "", Some(gateway()), false),
+            ("far", "", None, false),
+            ("far", "", Some(gateway()), true),
+            ("", "db.example", None, true),
+        ];
+        for (network, hostname, gateway, picked) in cases {
+            let told = format!("{network} {hostname} {gateway:?}");
+            let mut bare = pod("b", "bare", "10.0.0.2");
+            bare.addresses.clear();
+            (bare.network, bare.hostname) = (network.into(), hostname.into());
+            bare.network_gateway = gateway;
+            let found = picks(service("b", "web", "10.96.0.1"), vec![bare], 80);
+            assert_eq!(!found.is_empty(), picked, "{told}");
+        }
+    }
+
+    #[test]
     fn an_endpoint_that_cannot_resolve_a_named_port_is_not_picked() {
         use crate::mesh::workload::{ApplicationTunnel, TunnelProtocol};
         let mut web = service("b", "web", "10.96.0.1");

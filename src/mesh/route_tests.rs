@@ -37,6 +37,8 @@ struct World {
     service: Service,
     waypoint: Workload,
     client: Workload,
+    /// Where the flow comes from, if not from the client's own address.
+    from: Option<IpAddr>,
     /// What else there is.
     more: Vec<Resource>,
 }
@@ -48,6 +50,7 @@ impl World {
             service: service("b", "web", "10.96.0.1"),
             waypoint: pod("b", "waypoint", "10.0.0.20"),
             client: pod("a", "curl", "10.0.0.1"),
+            from: None,
             more: vec![],
         }
     }
@@ -61,7 +64,8 @@ impl World {
         ];
         resources.extend(self.more.iter().cloned());
         let mesh = mesh(resources);
-        let client = SocketAddr::new(self.client.addresses[0], 4444);
+        let from = self.from.unwrap_or(self.client.addresses[0]);
+        let client = SocketAddr::new(from, 4444);
         decide(
             &mesh,
             &self.client,
@@ -299,7 +303,14 @@ fn an_application_tunnel_stands_in_for_a_missing_port_of_a_waypoint() {
 #[test]
 fn other_networks_are_refused_clearly() {
     const UNSUPPORTED: &str = "workload web is on network \"far\": reaching other networks is not supported by this version";
+    // An application tunnel stands in for a missing port of a waypoint, but not of a gateway.
     let unserved = service("b", "gw", "10.96.0.20");
+    let tunnel = Some(ApplicationTunnel {
+        protocol: TunnelProtocol::Proxy,
+        port: Some(15088),
+    });
+    let mut portless = serving(pod("b", "gw", "10.0.0.30"), &unserved);
+    portless.application_tunnel = tunnel;
     // gateway of the network, outcome
     let cases = [
         (
@@ -323,7 +334,10 @@ fn other_networks_are_refused_clearly() {
     ];
     for (gateway, expected) in cases {
         let mut world = World::new();
-        world.more.push(Resource::Service(unserved.clone()));
+        world.more = vec![
+            Resource::Service(unserved.clone()),
+            Resource::Workload(portless.clone()),
+        ];
         world.waypoint.hostname = "wp.example".into();
         world.web.network = "far".into();
         world.web.network_gateway = gateway.clone();
@@ -333,21 +347,36 @@ fn other_networks_are_refused_clearly() {
         let front = service("b", "front", "10.96.0.40");
         let mut far = serving(pod("b", "web", "10.9.0.9"), &front);
         (far.network, far.network_gateway) = ("far".into(), gateway.clone());
-        far.application_tunnel = Some(ApplicationTunnel {
-            protocol: TunnelProtocol::Proxy,
-            port: Some(15088),
-        });
+        far.application_tunnel = tunnel;
         let mut world = World::new();
         world.waypoint.hostname = "wp.example".into();
         world.web = pod("b", "other", "10.0.0.8");
         world.service.waypoint = waypoint_at("10.96.0.40");
         world.more = vec![
             Resource::Service(unserved.clone()),
+            Resource::Workload(portless.clone()),
             Resource::Service(front),
             Resource::Workload(far),
         ];
         assert_eq!(world.told(VIP), expected, "waypoint, {gateway:?}");
     }
+}
+
+#[test]
+fn an_address_that_is_a_workload_and_a_service_is_balanced_but_counts_as_the_workload() {
+    let mut world = World::new();
+    world.waypoint.addresses = vec!["10.96.0.1".parse().unwrap()];
+    world.service.waypoint = waypoint_at("10.0.0.99");
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
+    );
+    world.web.network = "far".into();
+    world.web.network_gateway = waypoint_at("10.0.0.20");
+    assert_eq!(
+        world.told(VIP),
+        "no service for target address: 10.96.0.1:80"
+    );
 }
 
 #[test]
@@ -384,6 +413,11 @@ fn what_comes_from_a_waypoint_does_not_go_to_it_again() {
         let mut namesake = world();
         namesake.client.identity = namesake.waypoint.identity.clone();
         assert_eq!(namesake.told(POD), through, "{reference:?}");
+
+        // Nor is a pod that sends from the address, but runs as another account.
+        let mut impostor = world();
+        impostor.from = Some(impostor.waypoint.addresses[0]);
+        assert_eq!(impostor.told(POD), through, "{reference:?}");
     }
 }
 

@@ -349,6 +349,7 @@ fn a_range_of_mapped_addresses_means_the_ipv4_addresses_in_it() {
         ("::ffff:11.0.0.0/104", false),
         ("::ffff:10.0.0.8/128", false),
         ("::/0", false),
+        ("::ffff:10.0.0.0/90", false),
         ("0.0.0.0/0", true),
     ];
     for (range, holds) in cases {
