@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use hbone::{Authority, Incoming};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::connections::Admission;
 use super::drain::Stage;
 use super::pod::Pod;
+use super::proxy_protocol;
 use crate::policy::Context;
 use crate::telemetry::{Direction, Flow, FlowError};
 
@@ -160,7 +162,8 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
         flow.service(service);
     }
     flow.open();
-    let verdict = mesh.verdict(
+    let verdict = pod.judge(
+        &mesh,
         &workload,
         &Context {
             identity: peer.identity.as_ref(),
@@ -176,7 +179,17 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
             flag: "DENY",
         }));
     }
-    let application = match pod.connect(dst, Some(peer.client.ip())).await {
+    let header = target.announced.map(|destination| {
+        proxy_protocol::header(peer.client, destination, peer.identity.as_ref())
+    });
+    let connected = async {
+        let mut application = pod.connect(dst, Some(peer.client.ip())).await?;
+        if let Some(header) = header {
+            application.write_all(&header).await?;
+        }
+        Ok::<_, std::io::Error>(application)
+    };
+    let application = match connected.await {
         Ok(application) => application,
         Err(error) => {
             incoming.refuse(503);

@@ -8,5 +8,6 @@ mod passthrough;
 pub mod pod;
 mod pod_dns;
 pub mod pods;
+mod proxy_protocol;
 mod relay;
 pub mod worker;

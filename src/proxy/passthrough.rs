@@ -52,7 +52,8 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
         if let Some(service) = mesh.inbound_service(&workload, target.port(), None) {
             flow.service(service);
         }
-        mesh.verdict(
+        pod.judge(
+            &mesh,
             &workload,
             &Context {
                 identity: None,
