@@ -89,13 +89,16 @@ pub enum Answer {
     Ack(Ack),
 }
 
+/// The longest error text, in bytes, such that an answer fits a packet.
+const ERROR: usize = 1000;
+
 impl WorkloadResponse {
-    /// An acknowledgement, of failure unless `error` is empty.
+    /// An acknowledgement, of failure unless `error` is empty; a very long error is cut.
     pub fn ack(error: impl Into<String>) -> Self {
+        let mut error = error.into();
+        error.truncate(error.floor_char_boundary(ERROR));
         Self {
-            payload: Some(Answer::Ack(Ack {
-                error: error.into(),
-            })),
+            payload: Some(Answer::Ack(Ack { error })),
         }
     }
 }
@@ -136,5 +139,12 @@ mod tests {
         assert_eq!(add.encode_to_vec(), expected);
         assert_eq!(ZdsHello { version: VERSION_1 }.encode_to_vec(), [8, 1]);
         assert_eq!(WorkloadResponse::ack("").encode_to_vec(), [0x0a, 0]);
+    }
+
+    #[test]
+    fn a_very_long_error_is_cut_so_that_the_answer_fits_a_packet() {
+        let answer = WorkloadResponse::ack("ä".repeat(2000)).encode_to_vec();
+        assert!((1000..=1024).contains(&answer.len()), "{}", answer.len());
+        assert!(WorkloadResponse::decode(&*answer).is_ok());
     }
 }

@@ -2,11 +2,13 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::SockFlag;
+use nix::errno::Errno;
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, accept4, recvmsg, sendmsg,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, UnixAddr, accept4, recv, recvmsg,
+    sendmsg,
 };
 use prost::Message;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -15,6 +17,8 @@ use tokio::io::unix::AsyncFd;
 
 /// The largest message, in bytes.
 const PACKET: usize = 1024;
+/// The most descriptors that the kernel lets one message carry.
+const DESCRIPTORS: usize = 253;
 
 /// Why nothing could be sent or received.
 #[derive(Debug, Error)]
@@ -51,27 +55,31 @@ impl Packet {
 pub struct Connection(AsyncFd<OwnedFd>);
 
 impl Connection {
-    /// Connects to the agent.
+    /// Connects to the agent, without waiting.
     ///
     /// # Errors
-    /// When nobody listens there.
+    /// When nobody listens there, or too many already wait to be let in.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
-        socket.connect(&SockAddr::unix(path)?)?;
         socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(path)?)?;
         Ok(Self(register(socket.into())?))
     }
 
     /// Sends a message, with a descriptor if given.
     ///
     /// # Errors
-    /// When the peer is gone.
+    /// When the peer is gone, or the message is longer than the peer would read.
     pub async fn send(
         &self,
         message: &impl Message,
         descriptor: Option<BorrowedFd<'_>>,
     ) -> io::Result<()> {
         let data = message.encode_to_vec();
+        if data.len() > PACKET {
+            let text = format!("{} bytes do not fit a packet of {PACKET}", data.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
         let raw: Vec<i32> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
         let control = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() { &[][..] } else { &control };
@@ -91,6 +99,12 @@ impl Connection {
                 return sent.map(|_| ());
             }
         }
+    }
+
+    /// Whether nothing has arrived that was not received yet; the peer's closing counts as something.
+    pub fn is_quiet(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        recv(self.0.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
     }
 
     /// Receives a message; none when the peer has closed.
@@ -136,13 +150,14 @@ struct Received {
 
 fn receive(socket: &OwnedFd) -> io::Result<Received> {
     let mut buffer = [0u8; PACKET];
-    // Room for more than one descriptor, so that surplus ones are seen and closed rather than lost.
-    let mut control = nix::cmsg_space!([std::os::fd::RawFd; 8]);
+    // Room for all the descriptors there can be, so that surplus ones are seen and closed rather than lost.
+    let mut control = nix::cmsg_space!([std::os::fd::RawFd; DESCRIPTORS]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
     let mut descriptors = Vec::new();
-    for part in message.cmsgs()? {
+    // A control message is cut off only when this process can hold no more descriptors.
+    for part in message.cmsgs().into_iter().flatten() {
         if let ControlMessageOwned::ScmRights(raw) = part {
             // SAFETY: the kernel has just made these descriptors for this process and nobody else owns them.
             descriptors.extend(
@@ -162,11 +177,13 @@ fn receive(socket: &OwnedFd) -> io::Result<Received> {
     })
 }
 
-/// The agent's listening end; its file is removed when dropped.
+/// The agent's listening end; its file is removed when dropped, unless a successor has replaced it.
 #[derive(Debug)]
 pub struct Listener {
     socket: AsyncFd<OwnedFd>,
     path: PathBuf,
+    /// Device and inode of the file.
+    file: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -186,6 +203,7 @@ impl Listener {
         Ok(Self {
             socket: register(socket.into())?,
             path: path.to_path_buf(),
+            file: file_id(path),
         })
     }
 
@@ -213,6 +231,117 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        if self.file.is_some() && file_id(&self.path) == self.file {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn file_id(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::super::messages::{DelWorkload, ZdsHello};
+    use super::*;
+
+    fn hello(version: i32) -> ZdsHello {
+        ZdsHello { version }
+    }
+
+    /// A connection and the bare other end of it.
+    fn pair() -> (Connection, Socket) {
+        let (near, far) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        near.set_nonblocking(true).unwrap();
+        (Connection(register(near.into()).unwrap()), far)
+    }
+
+    fn send_descriptors(socket: &Socket, descriptors: &[std::os::fd::RawFd]) {
+        let control = [ControlMessage::ScmRights(descriptors)];
+        let data = [IoSlice::new(b"\x08\x01")];
+        sendmsg::<UnixAddr>(socket.as_raw_fd(), &data, &control, MsgFlags::empty(), None).unwrap();
+    }
+
+    fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("wrn-transport-{}-{name}", std::process::id()))
+    }
+
+    #[tokio::test]
+    async fn messages_keep_their_bounds_and_the_end_is_told() {
+        let (near, far) = pair();
+        assert!(near.is_quiet());
+        far.send(b"\x08\x01").unwrap();
+        far.send(b"\x08\x02").unwrap();
+        assert!(!near.is_quiet());
+        for version in [1, 2] {
+            let packet = near.receive().await.unwrap().unwrap();
+            assert_eq!(packet.decode::<ZdsHello>().unwrap(), hello(version));
+        }
+        assert!(near.is_quiet());
+        drop(far);
+        assert!(!near.is_quiet());
+        assert!(near.receive().await.unwrap().is_none());
+        assert!(near.send(&hello(1), None).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_that_arrives_is_the_file_that_was_sent() {
+        let (near, far) = pair();
+        let file = File::open("/proc/self/status").unwrap();
+        send_descriptors(&far, &[file.as_raw_fd()]);
+        let packet = near.receive().await.unwrap().unwrap();
+        let arrived = File::from(packet.descriptor.unwrap()).metadata().unwrap();
+        let sent = file.metadata().unwrap();
+        assert_eq!((arrived.dev(), arrived.ino()), (sent.dev(), sent.ino()));
+    }
+
+    #[tokio::test]
+    async fn several_descriptors_are_refused_and_all_closed() {
+        for count in [2, 9, DESCRIPTORS] {
+            let (near, far) = pair();
+            let (kept, passed) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+            send_descriptors(&far, &vec![passed.as_raw_fd(); count]);
+            let refused = near.receive().await.unwrap_err();
+            assert_eq!(refused.to_string(), format!("Expected 1 FD, got {count}"));
+            drop(passed);
+            kept.set_read_timeout(Some(std::time::Duration::from_secs(5)))
+                .unwrap();
+            // The end of the stream shows that no copy of its other end is open any more.
+            assert_eq!(recv(kept.as_raw_fd(), &mut [0], MsgFlags::empty()), Ok(0));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_exceeds_a_packet_is_neither_sent_nor_taken() {
+        let (near, far) = pair();
+        let long = DelWorkload {
+            uid: "x".repeat(PACKET),
+        };
+        let unsent = near.send(&long, None).await.unwrap_err();
+        assert_eq!(unsent.kind(), io::ErrorKind::InvalidInput);
+        far.send(&long.encode_to_vec()).unwrap();
+        let cut = near.receive().await.unwrap_err();
+        assert_eq!(cut.to_string(), "received truncated message");
+        far.send(b"\x08\x01").unwrap();
+        assert!(near.receive().await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_listener_replaces_what_was_left_and_leaves_its_successor_alone() {
+        let path = path("successor");
+        std::fs::write(&path, "left over").unwrap();
+        let old = Listener::bind(&path).unwrap();
+        let new = Listener::bind(&path).unwrap();
+        drop(old);
+        let _client = Connection::connect(&path).unwrap();
+        new.accept().await.unwrap();
+        drop(new);
+        assert!(!path.exists());
+        let gone = Connection::connect(&path).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
     }
 }
