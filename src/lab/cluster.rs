@@ -13,7 +13,7 @@ use super::live::{self, LiveFolder};
 use super::manifest::{Key, Object};
 use super::plan::{self, PodPlan};
 use super::pod::Pod;
-use super::process::Supervised;
+use super::process::{ProcessSpec, Supervised};
 use super::service_rules::{self, ServicePort};
 use super::state::StateDir;
 use super::topology::Node;
@@ -349,6 +349,31 @@ impl Cluster {
         let object = self.live_pod(key).unwrap_or_default();
         pod.exec(command, &object, &self.base, streams)
             .map_err(|e| e.to_string())
+    }
+
+    /// Starts a command in a node's namespaces.
+    ///
+    /// # Errors
+    /// When there is no such node or command.
+    pub fn exec_on_node(
+        &self,
+        name: &str,
+        command: Vec<String>,
+        [stdin, stdout, stderr]: [std::process::Stdio; 3],
+    ) -> Result<std::process::Child, String> {
+        let named = |machine: &&Machine| machine.node.name == name;
+        let machine = self.machines.iter().find(named).ok_or_else(|| {
+            let names: Vec<&str> = self.machines.iter().map(|m| m.node.name.as_str()).collect();
+            format!("there is no node {name}; there are: {}", names.join(", "))
+        })?;
+        let spec = ProcessSpec {
+            command,
+            env: self.base.clone(),
+            directory: "/".into(),
+            log: machine.node.folder.join("exec.log"),
+            namespaces: Some(machine.node.namespaces.clone()),
+        };
+        spec.spawn(stdin, stdout, stderr).map_err(|e| e.to_string())
     }
 
     /// Ends every pod, then the proxies and the control plane.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
@@ -12,6 +13,9 @@ use super::state::StateDir;
 use super::up::{self, UpArgs};
 use super::wire::PodName;
 use super::{daemon, demo, logs, manifest, sandbox, serve, status};
+
+/// How soon the control plane has read a change.
+const CONTROL_READS: Duration = Duration::from_millis(200);
 
 /// Arguments of `warren lab`.
 #[derive(Args, Debug)]
@@ -43,7 +47,7 @@ enum Command {
     },
     /// Run a command in a pod
     Exec {
-        /// POD or deploy/NAME
+        /// POD, deploy/NAME or node/NODE
         pod: String,
         #[arg(short, long, default_value = "default")]
         namespace: String,
@@ -52,8 +56,8 @@ enum Command {
     },
     /// Show a log
     Logs {
-        /// POD, deploy/NAME, proxy/NODE, control or lab
-        of: String,
+        /// POD, deploy/NAME, proxy/NODE, control or lab [default: all proxies]
+        of: Option<String>,
         #[arg(short, long, default_value = "default")]
         namespace: String,
         #[arg(short, long)]
@@ -71,7 +75,7 @@ enum Command {
         #[arg(long)]
         state: PathBuf,
         #[arg(long)]
-        detached: bool,
+        parent: Option<i32>,
     },
     #[command(hide = true)]
     Init {
@@ -114,7 +118,23 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             say!("lab {name} is down");
         }
         Command::Status => say!("{}", status::render(&lab.status()?).trim_end()),
-        Command::Apply { file } => print_lines(&lab.apply(manifest::load(&file)?)?),
+        Command::Apply { file } => {
+            let objects = manifest::load(&file)?;
+            let control = lab.dir().join("control.log");
+            let before = std::fs::metadata(&control).map_or(0, |log| log.len());
+            print_lines(&lab.apply(objects)?);
+            // What the control plane does not understand is only in its log.
+            std::thread::sleep(CONTROL_READS);
+            let said = logs::lines_from(&control, before).unwrap_or_default();
+            let errors: Vec<String> = said
+                .into_iter()
+                .filter(|l| l.contains("\terror\t"))
+                .collect();
+            if !errors.is_empty() {
+                print_lines(&errors);
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Delete { file } => {
             let keys = manifest::load(&file)?.into_iter().map(|o| o.key).collect();
             print_lines(&lab.delete(keys)?);
@@ -138,12 +158,18 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             container,
             follow,
         } => {
-            let path = logs::path(&lab, &namespace, &of, container.as_deref())?;
-            logs::show(&path, follow)?;
+            let sources = match of {
+                Some(of) => {
+                    let path = logs::path(&lab, &namespace, &of, container.as_deref())?;
+                    vec![(String::new(), path)]
+                }
+                None => logs::proxies(&lab)?,
+            };
+            logs::show(&sources, follow)?;
         }
         Command::Demo => return demo::run(&lab),
         Command::Serve(arguments) => serve::run(arguments)?,
-        Command::Hold { state, detached } => return sandbox::hold(&StateDir::at(&state), detached),
+        Command::Hold { state, parent } => return sandbox::hold(&StateDir::at(&state), parent),
         Command::Init { state } => return sandbox::init(&StateDir::at(&state)),
         Command::Daemon { state } => return daemon::run(&StateDir::at(&state)),
     }

@@ -17,7 +17,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{getgid, getuid, setsid};
+use nix::unistd::{getgid, getppid, getuid, setsid};
 
 use super::namespaces::private_mounts;
 use super::progress::Progress;
@@ -35,7 +35,7 @@ pub struct Launched {
     says: Receiver<Progress>,
 }
 
-/// Starts a lab on the folder that `lock` belongs to. A lab that is not `detached` ends with this process.
+/// Starts a lab on the folder that `lock` belongs to. A lab that is not `detached` ends with the calling thread.
 ///
 /// # Errors
 /// When the process cannot be started.
@@ -43,8 +43,8 @@ pub fn launch(dir: &StateDir, lock: File, detached: bool) -> anyhow::Result<Laun
     let log = File::create(dir.join("lab.log"))?;
     let mut command = Command::new(THIS_PROGRAM);
     command.args(["lab", "hold", "--state"]).arg(dir.path());
-    if detached {
-        command.arg("--detached");
+    if !detached {
+        command.args(["--parent", &std::process::id().to_string()]);
     }
     let mut holder = command
         .stdin(Stdio::from(lock))
@@ -107,13 +107,16 @@ impl Launched {
     }
 }
 
-/// `warren lab hold`: makes the namespaces, starts `init` in them and waits for its end.
+/// `warren lab hold`: makes the namespaces, starts `init` in them and waits for its end. Ends with `parent`.
 ///
 /// # Errors
 /// One sentence with the remedy when the kernel refuses.
-pub fn hold(dir: &StateDir, detached: bool) -> anyhow::Result<ExitCode> {
-    if !detached {
+pub fn hold(dir: &StateDir, parent: Option<i32>) -> anyhow::Result<ExitCode> {
+    if let Some(parent) = parent {
         set_pdeathsig(Signal::SIGKILL)?;
+        if getppid().as_raw() != parent {
+            bail!("the command that started the lab is gone");
+        }
     }
     // The command that started this one keeps signals back, and that is inherited.
     SigSet::all().thread_unblock()?;

@@ -92,7 +92,11 @@ fn exec(
     };
     let started = {
         let cluster = lock(cluster);
-        find(&cluster, pod).and_then(|key| cluster.exec(&key, command, fds.map(Stdio::from)))
+        let streams = fds.map(Stdio::from);
+        match pod.name.strip_prefix("node/") {
+            Some(node) => cluster.exec_on_node(node, command, streams),
+            None => find(&cluster, pod).and_then(|key| cluster.exec(&key, command, streams)),
+        }
     };
     let mut child = match started {
         Ok(child) => child,
@@ -124,32 +128,28 @@ fn exec(
     }
 }
 
-/// The pod that `POD`, the start of its name, or `deploy/NAME` means.
-pub fn find(cluster: &Cluster, wanted: &PodName) -> std::result::Result<PodKey, String> {
-    let namespace = &wanted.namespace;
-    let in_namespace = cluster.pods.iter().filter(|(key, _)| key.0 == *namespace);
-    let deployment = ["deploy/", "deployment/"]
+/// The pod that `POD`, `deploy/NAME` or only `NAME` means.
+fn find(cluster: &Cluster, wanted: &PodName) -> std::result::Result<PodKey, String> {
+    let pods: Vec<_> = cluster
+        .pods
         .iter()
-        .find_map(|prefix| wanted.name.strip_prefix(prefix));
-    let mut found: Vec<&PodKey> = match deployment {
-        Some(name) => in_namespace
-            .filter(|(_, pod)| status::deployment(pod).as_deref() == Some(name))
-            .map(|(key, _)| key)
-            .collect(),
-        None => {
-            let name = wanted.name.strip_prefix("pod/").unwrap_or(&wanted.name);
-            in_namespace
-                .filter(|(key, _)| key.1 == name)
-                .map(|(key, _)| key)
-                .collect()
-        }
+        .map(|(key, pod)| (key, status::deployment(pod)))
+        .collect();
+    let matching = |namespace: Option<&str>| {
+        pods.iter().find(|((in_namespace, name), deployment)| {
+            namespace.is_none_or(|wanted| wanted == in_namespace)
+                && status::is_meant(&wanted.name, name, deployment.as_deref())
+        })
     };
-    found.sort();
-    match found.first() {
-        Some(key) => Ok((*key).clone()),
-        None => Err(format!(
-            "there is no {} in namespace {namespace}; warren lab status lists the pods",
-            wanted.name
+    match (matching(Some(&wanted.namespace)), matching(None)) {
+        (Some((key, _)), _) => Ok((*key).clone()),
+        (None, Some((key, _))) => Err(format!(
+            "there is no {} in namespace {}, but one in {}: add -n {2}",
+            wanted.name, wanted.namespace, key.0
+        )),
+        (None, None) => Err(format!(
+            "there is no {} in namespace {}; warren lab status lists the pods",
+            wanted.name, wanted.namespace
         )),
     }
 }

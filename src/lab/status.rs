@@ -18,6 +18,21 @@ pub fn deployment(pod: &Pod) -> Option<String> {
     Some(owner.strip_suffix(hash)?.trim_end_matches('-').to_owned())
 }
 
+/// Whether `wanted` means the pod: its name, `deploy/NAME` of its deployment, or only that name.
+pub fn is_meant(wanted: &str, pod: &str, deployment: Option<&str>) -> bool {
+    let deployments = ["deploy/", "deployment/", "deployments/"];
+    if let Some(name) = deployments.iter().find_map(|p| wanted.strip_prefix(p)) {
+        return deployment == Some(name);
+    }
+    match ["pod/", "pods/"]
+        .iter()
+        .find_map(|p| wanted.strip_prefix(p))
+    {
+        Some(name) => pod == name,
+        None => pod == wanted || deployment == Some(wanted),
+    }
+}
+
 /// Looks at everything.
 pub fn collect(cluster: &Cluster) -> Status {
     let process = |process: &Supervised, ready| Process {
@@ -186,6 +201,16 @@ mod tests {
     fn columns_line_up() {
         let rows = [["A", "BB"], ["ccc", "d"]].map(|row| row.map(str::to_owned).to_vec());
         assert_eq!(table(&rows), "A    BB\nccc  d\n");
+    }
+
+    #[test]
+    fn a_pod_is_meant_by_its_name_or_its_deployments() {
+        for wanted in ["p-1", "pod/p-1", "deploy/p", "deployment/p", "p"] {
+            assert!(is_meant(wanted, "p-1", Some("p")), "{wanted}");
+        }
+        for wanted in ["p-2", "pod/p", "deploy/p-1", ""] {
+            assert!(!is_meant(wanted, "p-1", Some("p")), "{wanted}");
+        }
     }
 
     #[test]
