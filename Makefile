@@ -29,6 +29,5 @@ lint: ## formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
-bench: packages ## bulk and request figures through a two-node mesh on this machine
-	$(CARGO) build --release --bin warren
-	"$${CARGO_TARGET_DIR:-target}"/release/warren lab bench
+bench: packages ## a tunnel beside a plain relay, over loopback: bytes and requests by CPU time
+	$(CARGO) bench -p hbone

@@ -22,6 +22,7 @@ use crate::identity::{CaClient, Certificates};
 use crate::mesh::{Store, dump};
 use crate::mesh_feed::SharedMesh;
 use crate::node::{sockets, zds};
+use crate::policy::evaluate;
 use crate::proxy::pod::Shared;
 use crate::proxy::pods::Pods;
 use crate::proxy::worker::Worker;
@@ -37,6 +38,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
     let arguments = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
     let config = Config::from_environment(arguments)?;
     tracing::info!("version: {}", version::build_info());
+    evaluate::log_at_info(config.policy_info_logging);
     raise_descriptor_limit();
     keep_large_buffers();
     let runtime = tokio::runtime::Builder::new_current_thread()

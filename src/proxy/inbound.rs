@@ -162,8 +162,7 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
         flow.service(service);
     }
     flow.open();
-    let verdict = pod.judge(
-        &mesh,
+    let verdict = mesh.verdict(
         &workload,
         &Context {
             identity: peer.identity.as_ref(),

@@ -52,8 +52,7 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
         if let Some(service) = mesh.inbound_service(&workload, target.port(), None) {
             flow.service(service);
         }
-        pod.judge(
-            &mesh,
+        mesh.verdict(
             &workload,
             &Context {
                 identity: None,

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::identity::Certificates;
-use crate::mesh::{Mesh, Workload};
+use crate::mesh::Workload;
 use crate::mesh_feed::SharedMesh;
 use crate::node::{PodNetns, sockets};
-use crate::policy::{Context, Verdict};
+use crate::policy::Context;
 use crate::telemetry::Telemetry;
 
 use super::connections::Connections;
@@ -196,17 +196,6 @@ impl Pod {
     pub fn traceparent(&self) -> String {
         let part = || self.random(u64::MAX);
         format!("00-{:016x}{:016x}-{:016x}-00", part(), part(), part())
-    }
-
-    /// What policy says of a flow to the pod's workload, told in the log as configured.
-    pub fn judge(&self, mesh: &Mesh, workload: &Workload, context: &Context<'_>) -> Verdict {
-        let verdict = mesh.verdict(workload, context);
-        if self.shared.config.policy_info_logging {
-            tracing::info!(src = %context.src, dst = %context.dst, "policy: {verdict}");
-        } else {
-            tracing::debug!(src = %context.src, dst = %context.dst, "policy: {verdict}");
-        }
-        verdict
     }
 
     /// Judges the admitted flows anew and cuts those that policy no longer allows.
