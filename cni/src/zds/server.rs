@@ -38,14 +38,14 @@ pub enum ZdsError {
     Silent(Duration),
     #[error("the proxy refused: {0}")]
     Refused(String),
+    #[error("the proxy answered without being asked")]
+    OutOfStep,
     #[error(transparent)]
     Transport(#[from] TransportError),
 }
 
-struct Pod {
-    info: WorkloadInfo,
-    netns: Option<Arc<OwnedFd>>,
-}
+/// Who a pod is and where, unless only its existence is known.
+type Pod = Option<(WorkloadInfo, Arc<OwnedFd>)>;
 
 struct Update {
     request: WorkloadRequest,
@@ -59,6 +59,15 @@ struct State {
     /// The proxies, the newest last.
     proxies: Vec<(u64, mpsc::Sender<Update>)>,
     next: u64,
+}
+
+impl State {
+    fn proxies(&self) -> Vec<mpsc::Sender<Update>> {
+        self.proxies
+            .iter()
+            .map(|(_, proxy)| proxy.clone())
+            .collect()
+    }
 }
 
 /// The pods of the node and the proxies that are told of them; clones share them.
@@ -103,58 +112,64 @@ impl ZdsServer {
         self.connected.subscribe()
     }
 
-    /// Makes a pod known, and waits until the newest proxy serves it; older ones are on their way out.
+    /// Makes a pod known, and waits until the newest proxy serves it; older ones are on their way out, and are asked
+    /// only when the newer ones are lost.
     ///
     /// # Errors
     /// When no proxy is connected (the next one will hear of the pod) or the proxy cannot serve it.
     pub async fn add(&self, uid: &str, info: WorkloadInfo, netns: OwnedFd) -> Result<(), ZdsError> {
         let netns = Arc::new(netns);
-        let add = AddWorkload {
-            uid: uid.to_string(),
-            workload_info: Some(info.clone()),
-        };
-        let newest = {
+        let proxies = {
             let mut state = self.state();
-            state.pods.insert(
-                uid.to_string(),
-                Pod {
-                    info,
-                    netns: Some(netns.clone()),
-                },
-            );
-            state.proxies.last().map(|(_, proxy)| proxy.clone())
+            let pod = Some((info.clone(), netns.clone()));
+            state.pods.insert(uid.to_string(), pod);
+            state.proxies()
         };
-        let proxy = newest.ok_or(ZdsError::NoProxy)?;
-        ask(&proxy, Payload::Add(add), Some(netns)).await
+        let mut result = Err(ZdsError::NoProxy);
+        for proxy in proxies.iter().rev() {
+            let add = AddWorkload {
+                uid: uid.to_string(),
+                workload_info: Some(info.clone()),
+            };
+            result = match ask(proxy, Payload::Add(add), Some(netns.clone())).await {
+                Ok(answered) => answer_to(answered).await,
+                Err(error) => Err(error),
+            };
+            if matches!(result, Ok(()) | Err(ZdsError::Refused(_))) {
+                break;
+            }
+        }
+        result
+    }
+
+    /// Makes a pod known whose namespace is not at hand: a proxy that serves it already is to go on.
+    pub fn keep(&self, uid: &str) {
+        self.state().pods.entry(uid.to_string()).or_default();
     }
 
     /// Forgets a pod and waits until no proxy serves it any more.
     ///
     /// # Errors
-    /// The first proxy that would not have it.
+    /// The last proxy that did not answer; it is disconnected.
     pub async fn remove(&self, uid: &str) -> Result<(), ZdsError> {
-        let proxies: Vec<_> = {
+        let proxies = {
             let mut state = self.state();
             state.pods.remove(uid);
-            state
-                .proxies
-                .iter()
-                .map(|(_, proxy)| proxy.clone())
-                .collect()
+            state.proxies()
         };
-        let mut result = Ok(());
+        let mut asked = Vec::new();
         for proxy in proxies {
-            match ask(
-                &proxy,
-                Payload::Del(DelWorkload {
-                    uid: uid.to_string(),
-                }),
-                None,
-            )
-            .await
-            {
-                // Its pods go with it.
-                Err(ZdsError::Disconnected) | Ok(()) => {}
+            let uid = uid.to_string();
+            // A proxy that is gone has no pods.
+            asked.extend(ask(&proxy, Payload::Del(DelWorkload { uid }), None).await);
+        }
+        let mut result = Ok(());
+        for answered in asked {
+            match answer_to(answered).await {
+                Ok(()) | Err(ZdsError::Disconnected) => {}
+                Err(ZdsError::Refused(error)) => {
+                    tracing::warn!(uid, "a proxy objects to the end of a pod: {error}");
+                }
                 Err(error) => result = Err(error),
             }
         }
@@ -173,11 +188,7 @@ impl ZdsServer {
             state.next += 1;
             // From here on updates wait in the queue; what is known by now is the snapshot.
             state.proxies.push((id, sender));
-            let requests = state
-                .pods
-                .iter()
-                .map(|(uid, pod)| snapshot_request(uid, pod));
-            (id, requests.collect::<Vec<_>>())
+            (id, state.pods.clone())
         };
         let server = self.clone();
         tokio::spawn(async move {
@@ -198,7 +209,7 @@ impl ZdsServer {
     async fn serve(
         &self,
         connection: &Connection,
-        snapshot: Vec<(WorkloadRequest, Option<Arc<OwnedFd>>)>,
+        snapshot: BTreeMap<String, Pod>,
         mut updates: mpsc::Receiver<Update>,
         counted: &mut bool,
     ) -> Result<(), ZdsError> {
@@ -208,12 +219,14 @@ impl ZdsServer {
             .map_err(|_| ZdsError::Silent(limit))??;
         let hello: ZdsHello = hello.ok_or(ZdsError::Disconnected)?.decode()?;
         tracing::info!("a proxy connected, protocol version {}", hello.version);
-        for (request, netns) in snapshot {
-            if let Err(error) = self
+        for (uid, pod) in snapshot {
+            let netns = pod.as_ref().map(|(_, netns)| netns.clone());
+            let request = snapshot_request(&uid, pod);
+            let answer = self
                 .exchange(connection, &request, netns.as_deref())
-                .await?
-            {
-                tracing::warn!("a proxy does not serve a pod: {error}");
+                .await?;
+            if let Err(error) = answer {
+                tracing::warn!(uid, "a proxy does not serve a pod: {error}");
             }
         }
         let sent = WorkloadRequest {
@@ -242,10 +255,7 @@ impl ZdsServer {
                 }
                 // Nobody asked: either the proxy has closed, or it is out of step.
                 unasked = connection.receive() => {
-                    return match unasked? {
-                        None => Ok(()),
-                        Some(_) => Err(ZdsError::Refused("it spoke without being asked".to_string())),
-                    };
+                    return if unasked?.is_some() { Err(ZdsError::OutOfStep) } else { Ok(()) };
                 }
             }
         }
@@ -259,6 +269,11 @@ impl ZdsServer {
         netns: Option<&OwnedFd>,
     ) -> Result<Result<(), String>, ZdsError> {
         let talk = async {
+            // What is there before the question cannot be its answer.
+            if !connection.is_quiet() {
+                let unasked = connection.receive().await?;
+                return Err(unasked.map_or(ZdsError::Disconnected, |_| ZdsError::OutOfStep));
+            }
             connection
                 .send(request, netns.map(AsFd::as_fd))
                 .await
@@ -268,7 +283,7 @@ impl ZdsServer {
             Ok(match response.payload {
                 Some(Answer::Ack(ack)) if ack.error.is_empty() => Ok(()),
                 Some(Answer::Ack(ack)) => Err(ack.error),
-                None => Err("an answer without content".to_string()),
+                None => return Err(ZdsError::OutOfStep),
             })
         };
         let limit = self.answer;
@@ -278,28 +293,27 @@ impl ZdsServer {
     }
 }
 
-fn snapshot_request(uid: &str, pod: &Pod) -> (WorkloadRequest, Option<Arc<OwnedFd>>) {
+fn snapshot_request(uid: &str, pod: Pod) -> WorkloadRequest {
     let uid = uid.to_string();
-    let payload = match &pod.netns {
-        Some(_) => Payload::Add(AddWorkload {
+    let payload = match pod {
+        Some((info, _)) => Payload::Add(AddWorkload {
             uid,
-            workload_info: Some(pod.info.clone()),
+            workload_info: Some(info),
         }),
         None => Payload::Keep(KeepWorkload { uid }),
     };
-    (
-        WorkloadRequest {
-            payload: Some(payload),
-        },
-        pod.netns.clone(),
-    )
+    WorkloadRequest {
+        payload: Some(payload),
+    }
 }
+
+type Answered = oneshot::Receiver<Result<(), ZdsError>>;
 
 async fn ask(
     proxy: &mpsc::Sender<Update>,
     payload: Payload,
     netns: Option<Arc<OwnedFd>>,
-) -> Result<(), ZdsError> {
+) -> Result<Answered, ZdsError> {
     let (answer, answered) = oneshot::channel();
     let update = Update {
         request: WorkloadRequest {
@@ -308,147 +322,14 @@ async fn ask(
         netns,
         answer,
     };
-    proxy
-        .send(update)
-        .await
-        .map_err(|_| ZdsError::Disconnected)?;
-    answered.await.map_err(|_| ZdsError::Disconnected)?
+    let sent = proxy.send(update).await;
+    sent.map(|()| answered).map_err(|_| ZdsError::Disconnected)
+}
+
+async fn answer_to(answered: Answered) -> Result<(), ZdsError> {
+    answered.await.unwrap_or(Err(ZdsError::Disconnected))
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::AsRawFd;
-
-    use super::*;
-
-    struct Proxy(Connection);
-
-    impl Proxy {
-        async fn connect(path: &Path) -> Self {
-            let connection = Connection::connect(path).unwrap();
-            connection
-                .send(&ZdsHello { version: 1 }, None)
-                .await
-                .unwrap();
-            Self(connection)
-        }
-
-        async fn next(&self) -> (Payload, Option<OwnedFd>) {
-            let packet = self.0.receive().await.unwrap().unwrap();
-            let request: WorkloadRequest = packet.decode().unwrap();
-            (request.payload.unwrap(), packet.descriptor)
-        }
-
-        async fn ack(&self, error: &str) {
-            self.0
-                .send(&WorkloadResponse::ack(error), None)
-                .await
-                .unwrap();
-        }
-    }
-
-    fn path(name: &str) -> std::path::PathBuf {
-        std::env::temp_dir().join(format!("wrn-zds-{}-{name}.sock", std::process::id()))
-    }
-
-    fn info() -> WorkloadInfo {
-        WorkloadInfo {
-            name: "n".into(),
-            namespace: "s".into(),
-            service_account: "a".into(),
-        }
-    }
-
-    fn some_file() -> OwnedFd {
-        std::fs::File::open("/dev/null").unwrap().into()
-    }
-
-    #[tokio::test]
-    async fn a_proxy_hears_of_every_pod_then_of_changes() {
-        let path = path("changes");
-        let server = ZdsServer::bind(&path).unwrap();
-        assert!(matches!(
-            server.add("early", info(), some_file()).await,
-            Err(ZdsError::NoProxy)
-        ));
-        let proxy = Proxy::connect(&path).await;
-        let (payload, descriptor) = proxy.next().await;
-        assert!(
-            matches!(payload, Payload::Add(add) if add.uid == "early" && add.workload_info == Some(info()))
-        );
-        assert!(descriptor.is_some_and(|fd| fd.as_raw_fd() >= 0));
-        proxy.ack("").await;
-        assert!(matches!(
-            proxy.next().await,
-            (Payload::SnapshotSent(_), None)
-        ));
-        proxy.ack("").await;
-        server
-            .connected()
-            .wait_for(|count| *count == 1)
-            .await
-            .unwrap();
-        let refused = tokio::join!(server.add("late", info(), some_file()), async {
-            assert!(matches!(proxy.next().await, (Payload::Add(_), Some(_))));
-            proxy.ack("no room").await;
-        });
-        assert_eq!(
-            refused.0.unwrap_err().to_string(),
-            "the proxy refused: no room"
-        );
-        let removed = tokio::join!(server.remove("early"), async {
-            assert!(matches!(proxy.next().await, (Payload::Del(del), None) if del.uid == "early"));
-            proxy.ack("").await;
-        });
-        removed.0.unwrap();
-        drop(proxy);
-        server
-            .connected()
-            .wait_for(|count| *count == 0)
-            .await
-            .unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_proxy_that_does_not_answer_in_time_is_disconnected() {
-        let path = path("late");
-        let server = ZdsServer::bind_with(&path, Duration::from_millis(300)).unwrap();
-        let proxy = Proxy::connect(&path).await;
-        proxy.next().await;
-        proxy.ack("").await;
-        server
-            .connected()
-            .wait_for(|count| *count == 1)
-            .await
-            .unwrap();
-        let silent = server.add("x", info(), some_file()).await.unwrap_err();
-        assert!(matches!(silent, ZdsError::Silent(_)), "{silent}");
-        proxy.next().await;
-        // The late answer meets a closed connection.
-        let late = proxy.0.send(&WorkloadResponse::ack(""), None).await;
-        assert!(late.is_err() || proxy.0.receive().await.unwrap().is_none());
-        let gone = server.add("y", info(), some_file()).await.unwrap_err();
-        assert!(
-            matches!(gone, ZdsError::NoProxy | ZdsError::Disconnected),
-            "{gone}"
-        );
-    }
-
-    #[tokio::test]
-    async fn garbage_instead_of_a_hello_is_disconnected() {
-        let path = path("garbage");
-        let _server = ZdsServer::bind(&path).unwrap();
-        let connection = Connection::connect(&path).unwrap();
-        connection
-            .send(
-                &AddWorkload {
-                    uid: "x".to_string(),
-                    workload_info: None,
-                },
-                None,
-            )
-            .await
-            .unwrap();
-        assert!(connection.receive().await.unwrap().is_none());
-    }
-}
+#[path = "server_tests.rs"]
+mod tests;
