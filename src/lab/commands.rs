@@ -7,7 +7,9 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::{Args, Subcommand};
 
+use super::bench::{self, BenchArgs};
 use super::client::Lab;
+use super::load::{self, LoadCommand};
 use super::say::say;
 use super::state::StateDir;
 use super::up::{self, UpArgs};
@@ -68,8 +70,12 @@ enum Command {
     },
     /// Show the main job, step by step, in a lab of its own
     Demo,
+    /// Measure bulk and requests through the mesh, in a lab of its own
+    Bench(BenchArgs),
     /// Run a part of the sample application
     Serve(serve::ServeArgs),
+    #[command(hide = true, subcommand)]
+    Load(LoadCommand),
     #[command(hide = true)]
     Hold {
         #[arg(long)]
@@ -100,8 +106,9 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             .filter(|name| !name.is_empty())
     };
     let otherwise = || match arguments.command {
-        // It takes its lab down, so it must not be one that somebody works in.
+        // They take their lab down, so it must not be one that somebody works in.
         Command::Demo => format!("demo-{}", std::process::id()),
+        Command::Bench(_) => format!("bench-{}", std::process::id()),
         _ => "lab".to_owned(),
     };
     let name = arguments
@@ -168,6 +175,8 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             logs::show(&sources, follow)?;
         }
         Command::Demo => return demo::run(&lab),
+        Command::Bench(arguments) => return bench::run(&lab, &arguments),
+        Command::Load(command) => load::run(&command)?,
         Command::Serve(arguments) => serve::run(arguments)?,
         Command::Hold { state, parent } => return sandbox::hold(&StateDir::at(&state), parent),
         Command::Init { state } => return sandbox::init(&StateDir::at(&state)),

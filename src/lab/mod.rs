@@ -7,6 +7,7 @@
 
 mod addresses;
 mod agent;
+mod bench;
 mod capture;
 mod client;
 mod cluster;
@@ -19,6 +20,7 @@ mod dns;
 mod health;
 mod links;
 mod live;
+mod load;
 mod logs;
 mod manifest;
 mod names;
