@@ -49,16 +49,16 @@ impl PodNetns {
     /// # Errors
     /// Those of `work`, or when the namespace cannot be entered.
     pub fn run<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let home = Home(File::open("/proc/thread-self/ns/net")?);
+        let home = File::open("/proc/thread-self/ns/net")?;
         enter(self.file.as_fd()).map_err(|error| {
             io::Error::new(
                 error.kind(),
                 format!("cannot enter the pod's network namespace: {error}"),
             )
         })?;
-        let result = work();
-        drop(home);
-        result
+        // Only now is there a way back to go.
+        let _home = Home(home);
+        work()
     }
 }
 
