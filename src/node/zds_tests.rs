@@ -2,7 +2,9 @@ use std::cell::{Cell, RefCell};
 
 use cni::zds::Listener;
 use cni::zds::messages::{AddWorkload, Answer, DelWorkload, KeepWorkload, SnapshotSent};
+use socket2::{Domain, SockAddr, Socket, Type};
 
+use std::io::Read;
 use std::path::PathBuf;
 
 use super::*;
@@ -189,21 +191,37 @@ async fn what_cannot_be_understood_leads_to_a_new_connection() {
             refused,
             "failure to read message : Unexpected control message"
         );
-        let agent = Agent::accept(&listener).await;
-        agent
-            .connection
-            .send(
-                &WorkloadInfo {
-                    name: "x".repeat(2000),
-                    ..Default::default()
-                },
-                None,
-            )
-            .await
-            .unwrap();
-        let _agent = Agent::accept(&listener).await;
     };
     assert_eq!(against("garbage", &handler, script).await, None);
+}
+
+#[tokio::test]
+async fn a_packet_that_is_too_long_leads_to_a_new_connection() {
+    let path = path("long");
+    let listener = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+    listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+    listener.listen(1).unwrap();
+    // The agent's own connection would not send it, so this one is bare.
+    let agent = move || {
+        let mut buffer = [0; 1024];
+        let (mut first, _) = listener.accept().unwrap();
+        first.set_read_timeout(Some(SEND)).unwrap();
+        assert!(first.read(&mut buffer).unwrap() > 0, "a hello");
+        first.send(&[0x0a; 2000]).unwrap();
+        let length = first.read(&mut buffer).unwrap();
+        let response = WorkloadResponse::decode(&buffer[..length]).unwrap();
+        let expected = "failure to read message : received truncated message";
+        assert_eq!(response, WorkloadResponse::ack(expected));
+        assert_eq!(first.read(&mut buffer).unwrap(), 0);
+        listener.accept().unwrap();
+    };
+    let handler = Recorder::default();
+    tokio::select! {
+        ended = follow(&path, &handler) => panic!("{ended:?}"),
+        done = tokio::task::spawn_blocking(agent) => done.unwrap(),
+    }
+    std::fs::remove_file(&path).unwrap();
+    assert!(handler.served().is_empty());
 }
 
 #[tokio::test]
