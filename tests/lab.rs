@@ -212,6 +212,33 @@ fn a_container_that_ends_is_started_again() {
 }
 
 #[test]
+fn flows_go_on_after_the_proxies_were_killed() {
+    let client = pod("default", "client", "[sleep, infinity]");
+    let Some(lab) = Lab::up(&format!("{NAMESPACES}{}{client}", ratings(1)), &[]) else {
+        return;
+    };
+    let call = "curl -sS -m 5 http://ratings/ratings/0";
+    assert_eq!(lab.exec("default", "client", call).code, 0);
+    lab.kill_proxies();
+    eventually(Duration::from_secs(20), "a flow is carried again", || {
+        lab.exec("default", "client", call).code == 0
+    });
+}
+
+#[test]
+fn what_the_control_plane_refuses_is_told() {
+    let text = format!("{NAMESPACES}{}", pod("outside", "p", "[sleep, infinity]"));
+    let Some(lab) = Lab::up(&text, &["--nodes", "1"]) else {
+        return;
+    };
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+                  metadata: {name: odd}\nspec: {action: PERHAPS}\n";
+    let output = lab.apply(policy);
+    assert_ne!(output.code, 0);
+    assert!(output.stdout.contains("PERHAPS"), "{}", output.stdout);
+}
+
+#[test]
 fn an_ordinary_user_can_have_a_lab() {
     let text = format!(
         "{NAMESPACES}{}{}",

@@ -71,8 +71,8 @@ mod tests {
     #[test]
     fn failures_are_counted() {
         let mut story = Story::default();
-        story.check("one", true);
-        story.check("two", false);
+        story.check("met, for this test", true);
+        story.check("not met, for this test", false);
         assert_eq!((story.checked(), story.failed()), (2, 1));
     }
 }

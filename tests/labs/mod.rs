@@ -256,6 +256,17 @@ impl Lab {
             .collect()
     }
 
+    /// Ends every proxy of the lab by force.
+    pub fn kill_proxies(&self) {
+        let is_proxy = |pid: &u32| {
+            let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            text.ends_with(b"\0proxy\0ztunnel\0")
+        };
+        let proxies: Vec<u32> = self.processes().into_iter().filter(is_proxy).collect();
+        assert!(!proxies.is_empty());
+        proxies.into_iter().for_each(|pid| send("KILL", pid));
+    }
+
     fn first_process(&self) -> u32 {
         let dir = self.dir().display().to_string();
         all_processes()
