@@ -1,11 +1,10 @@
 use std::cell::{Cell, RefCell};
+use std::io::Read;
+use std::path::PathBuf;
 
 use cni::zds::Listener;
 use cni::zds::messages::{AddWorkload, Answer, DelWorkload, KeepWorkload, SnapshotSent};
 use socket2::{Domain, SockAddr, Socket, Type};
-
-use std::io::Read;
-use std::path::PathBuf;
 
 use super::*;
 use crate::node::sockets::{self, Listeners};
