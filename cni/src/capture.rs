@@ -6,20 +6,22 @@ use std::os::fd::BorrowedFd;
 
 use thiserror::Error;
 
-use crate::iptables::{Iptables, IptablesError, Saved};
-use crate::netns::within;
+use crate::compare;
+use crate::iptables::{Iptables, IptablesError};
+use crate::netns::{hold, within};
 use crate::render;
 use crate::routes;
-use crate::rules::{CaptureConfig, Family, Hook, plan, tables};
+use crate::rules::{CaptureConfig, Family};
+use crate::saved::Saved;
 
 /// What capturing a pod took.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {
-    /// The pod held no rules; now it holds ours.
-    Applied,
-    /// Ours were there already.
+    /// Everything was there already.
     Unchanged,
-    /// Something else was there; it was replaced.
+    /// The pod held no rules of ours; now it does.
+    Applied,
+    /// Something was missing or different; it was put right.
     Repaired,
 }
 
@@ -28,8 +30,12 @@ pub enum Outcome {
 pub enum CaptureError {
     #[error(transparent)]
     Iptables(#[from] IptablesError),
-    #[error("the route for answers to the proxy cannot be set: {0}")]
+    #[error(
+        "the route for answers to the proxy cannot be set: {0} (is the pod's interface lo up?)"
+    )]
     Route(io::Error),
+    #[error("the pod's network namespace cannot be used: {0}")]
+    Namespace(io::Error),
     #[error("{name} is not the name of a network interface")]
     Interface { name: String },
     #[error("the pod holds other rules ({0}) and they are not to be replaced")]
@@ -39,52 +45,81 @@ pub enum CaptureError {
 /// Captures the pod of a network namespace. Doing it again changes nothing.
 ///
 /// # Errors
-/// Why it is not captured; the pod's traffic then goes as it did before.
+/// Why it is not captured. Unless there were rules of ours before, the pod's traffic then goes as it did.
 pub fn capture(netns: BorrowedFd<'_>, config: &CaptureConfig) -> Result<Outcome, CaptureError> {
     for name in &config.virtual_interfaces {
-        let plain = |c: char| c.is_ascii_graphic() && c != '/';
-        if name.is_empty() || name.len() > 15 || !name.chars().all(plain) {
-            return Err(CaptureError::Interface { name: name.clone() });
-        }
+        check_interface(name)?;
     }
+    let _held = hold(netns).map_err(CaptureError::Namespace)?;
+    let mut fresh = Vec::new();
     let mut outcome = Outcome::Unchanged;
-    for family in families(netns, config) {
-        within(netns, || routes::add(family)).map_err(CaptureError::Route)?;
-        let iptables = Iptables::detect(family)?;
-        let saved = iptables.save(netns)?;
-        let difference = difference(&iptables, netns, family, config, &saved)?;
-        let done = match difference {
-            None => Outcome::Unchanged,
-            Some(_) if saved.tables.iter().all(|table| table.chains.is_empty()) => {
-                iptables.restore(netns, &render::restore(family, config))?;
-                Outcome::Applied
+    for &family in families(netns, config)? {
+        match capture_family(netns, family, config, &mut fresh) {
+            Ok(done) => outcome = outcome.max(done),
+            Err(error) => {
+                // Half captured, a part of the traffic would go where nobody listens.
+                for family in fresh {
+                    let _ = clear(netns, family);
+                }
+                return Err(error);
             }
-            Some(difference) if !config.reconcile => return Err(CaptureError::Foreign(difference)),
-            Some(_) => {
-                repair(&iptables, netns, family, config, &saved)?;
-                Outcome::Repaired
-            }
-        };
-        if done != Outcome::Unchanged && outcome != Outcome::Repaired {
-            outcome = done;
         }
     }
     Ok(outcome)
 }
 
-/// What is wrong with a pod's rules; none when it is captured as it should be.
+/// Captures one family; one that had nothing of ours before is added to `fresh`.
+fn capture_family(
+    netns: BorrowedFd<'_>,
+    family: Family,
+    config: &CaptureConfig,
+    fresh: &mut Vec<Family>,
+) -> Result<Outcome, CaptureError> {
+    let iptables = Iptables::detect(family)?;
+    let saved = iptables.save(netns)?;
+    let difference = difference(&iptables, netns, &saved, family, config)?;
+    let is_fresh = !saved.has_chains();
+    match &difference {
+        _ if is_fresh => fresh.push(family),
+        Some(difference) if !config.reconcile => {
+            return Err(CaptureError::Foreign(difference.clone()));
+        }
+        _ => {}
+    }
+    let routed = within(netns, || routes::ensure(family)).map_err(CaptureError::Route)?;
+    match difference {
+        None if routed => Ok(Outcome::Unchanged),
+        None => Ok(Outcome::Repaired),
+        Some(_) if is_fresh => {
+            iptables.restore(netns, &render::restore(family, config))?;
+            Ok(Outcome::Applied)
+        }
+        Some(_) => {
+            iptables.restore(netns, &render::replacement(&saved, family, config))?;
+            Ok(Outcome::Repaired)
+        }
+    }
+}
+
+/// What is wrong with a pod's rules and routes; none when it is captured as it should be.
 ///
 /// # Errors
-/// When the rules cannot be read.
+/// When they cannot be read.
 pub fn verify(
     netns: BorrowedFd<'_>,
     config: &CaptureConfig,
 ) -> Result<Option<String>, CaptureError> {
-    for family in families(netns, config) {
+    let _held = hold(netns).map_err(CaptureError::Namespace)?;
+    for &family in families(netns, config)? {
         let iptables = Iptables::detect(family)?;
         let saved = iptables.save(netns)?;
-        if let Some(difference) = difference(&iptables, netns, family, config, &saved)? {
-            return Ok(Some(difference));
+        let mut found = difference(&iptables, netns, &saved, family, config)?;
+        if found.is_none() {
+            let missing = within(netns, || routes::missing(family)).map_err(CaptureError::Route)?;
+            found = missing.map(|what| format!("the {what} for answers to the proxy is missing"));
+        }
+        if let Some(found) = found {
+            return Ok(Some(format!("{family}: {found}")));
         }
     }
     Ok(None)
@@ -95,122 +130,90 @@ pub fn verify(
 /// # Errors
 /// The first failure; the rest is taken out all the same.
 pub fn remove(netns: BorrowedFd<'_>) -> Result<(), CaptureError> {
-    let mut result = Ok(());
-    for family in [Family::V4, Family::V6] {
-        let cleared = clear(netns, family)
-            .and_then(|()| within(netns, || routes::remove(family)).map_err(CaptureError::Route));
-        result = result.and(cleared);
-    }
-    result
+    let _held = hold(netns).map_err(CaptureError::Namespace)?;
+    let v4 = clear(netns, Family::V4);
+    let v6 = clear(netns, Family::V6);
+    v4.and(v6)
 }
 
 fn clear(netns: BorrowedFd<'_>, family: Family) -> Result<(), CaptureError> {
+    let rules = clear_rules(netns, family);
+    let routes = within(netns, || routes::remove(family)).map_err(CaptureError::Route);
+    rules.and(routes)
+}
+
+fn clear_rules(netns: BorrowedFd<'_>, family: Family) -> Result<(), CaptureError> {
     let iptables = match Iptables::detect(family) {
         Ok(iptables) => iptables,
         // Without a program for it nothing of ours can be there.
-        Err(_) if family == Family::V6 => return Ok(()),
+        Err(IptablesError::NoBinary { .. }) if family == Family::V6 => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    match iptables.save(netns)?.removal() {
+    match render::removal(&iptables.save(netns)?) {
         Some(removal) => Ok(iptables.restore(netns, &removal)?),
         None => Ok(()),
     }
 }
 
-/// IPv6 is left out where the pod has none.
-fn families(netns: BorrowedFd<'_>, config: &CaptureConfig) -> Vec<Family> {
-    const SWITCH: &str = "/proc/thread-self/net/if_inet6";
-    let has_ipv6 = || within(netns, || Ok(fs::metadata(SWITCH).is_ok())).unwrap_or(true);
-    if config.ipv6 && has_ipv6() {
-        vec![Family::V4, Family::V6]
-    } else {
-        vec![Family::V4]
-    }
-}
-
-/// The first thing in which a namespace differs from the plan.
 fn difference(
     iptables: &Iptables,
     netns: BorrowedFd<'_>,
+    saved: &Saved,
     family: Family,
     config: &CaptureConfig,
-    saved: &Saved,
-) -> Result<Option<String>, CaptureError> {
-    let rules = plan(config);
-    let chains = [Hook::Prerouting, Hook::Output].map(render::chain);
-    for known in &saved.tables {
-        let ours = tables(config)
-            .iter()
-            .any(|table| render::table(*table) == known.name);
-        let unexpected = known
-            .chains
-            .iter()
-            .find(|chain| !ours || !chains.contains(&&***chain));
-        if let Some(chain) = unexpected {
-            return Ok(Some(format!(
-                "unexpected chain {chain} in table {}",
-                known.name
-            )));
-        }
-    }
-    for table in tables(config) {
-        let name = render::table(*table);
-        let Some(known) = saved.table(name) else {
-            return Ok(Some(format!("table {name} is missing")));
-        };
-        for hook in [Hook::Prerouting, Hook::Output] {
-            let chain = render::chain(hook);
-            if !known.chains.iter().any(|known| known == chain) {
-                return Ok(Some(format!("chain {chain} of table {name} is missing")));
-            }
-            let planned = rules
-                .iter()
-                .map(|rule| (rule.table(), render::rule(rule, family, config)));
-            let planned =
-                planned.filter(|(at, rule)| at == table && rule.split(' ').next() == Some(chain));
-            let (planned, found) = (planned.count(), known.count(chain));
-            if planned != found {
-                return Ok(Some(format!(
-                    "chain {chain} of table {name} has {found} rules instead of {planned}"
-                )));
-            }
-        }
-    }
-    for rule in &rules {
-        let text = render::rule(rule, family, config);
-        let table = render::table(rule.table());
-        if !iptables.has(netns, table, &text)? {
-            return Ok(Some(format!("rule {text} of table {table} is missing")));
-        }
-    }
-    Ok(None)
+) -> Result<Option<String>, IptablesError> {
+    compare::difference(saved, family, config, |table, rule| {
+        iptables.has(netns, table, rule)
+    })
 }
 
-/// Replaces what is there; meanwhile nothing passes, so that nothing passes uncaptured.
-fn repair(
-    iptables: &Iptables,
+/// IPv6 is left out where the pod has none.
+fn families(
     netns: BorrowedFd<'_>,
-    family: Family,
     config: &CaptureConfig,
-    saved: &Saved,
-) -> Result<(), CaptureError> {
-    iptables.restore(netns, &guards("-I"))?;
-    let replaced = match saved.removal() {
-        Some(removal) => iptables.restore(netns, &removal),
-        None => Ok(()),
-    };
-    let replaced =
-        replaced.and_then(|()| iptables.restore(netns, &render::restore(family, config)));
-    let opened = iptables.restore(netns, &guards("-D"));
-    Ok(replaced.and(opened)?)
+) -> Result<&'static [Family], CaptureError> {
+    const ADDRESSES: &str = "/proc/thread-self/net/if_inet6";
+    let has_ipv6 = within(netns, || fs::exists(ADDRESSES)).map_err(CaptureError::Namespace)?;
+    Ok(if config.ipv6 && has_ipv6 {
+        &[Family::V4, Family::V6]
+    } else {
+        &[Family::V4]
+    })
 }
 
-fn guards(command: &str) -> String {
-    let mut text = "*filter\n".to_string();
-    for chain in ["INPUT", "FORWARD", "OUTPUT"] {
-        for protocol in ["tcp", "udp"] {
-            text.push_str(&format!("{command} {chain} -p {protocol} -j DROP\n"));
+/// Names are written into rules, so none may be more than a name.
+fn check_interface(name: &str) -> Result<(), CaptureError> {
+    let plain = |c: char| c.is_ascii_graphic() && !"/:\"'\\!".contains(c);
+    if (1..=15).contains(&name.len()) && name.chars().all(plain) && !name.starts_with('-') {
+        return Ok(());
+    }
+    let name = name.to_string();
+    Err(CaptureError::Interface { name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_interfaces_are_written_into_rules() {
+        for name in ["eth0", "vif0.1", "tap-a_b", "vnet+", "a23456789012345"] {
+            assert!(check_interface(name).is_ok(), "{name}");
+        }
+        for name in [
+            "",
+            "-j",
+            "a b",
+            "a\n-A",
+            "a\"",
+            "a'",
+            "a\\",
+            "!a",
+            "a/b",
+            "eth0:1",
+            "a234567890123456",
+        ] {
+            assert!(check_interface(name).is_err(), "{name}");
         }
     }
-    text + "COMMIT\n"
 }

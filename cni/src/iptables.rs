@@ -1,31 +1,44 @@
-//! iptables: which of its programs works here, what it holds, and changing that.
+//! iptables: which of its programs works here, and running it in a pod's namespace.
 
-use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use thiserror::Error;
 
-use crate::render::CHAIN_PREFIX;
 use crate::rules::Family;
+use crate::saved::Saved;
+
+/// Where legacy iptables is to take its lock. Only writers in the same namespace get in each other's way, and those
+/// have other locks in other containers; so nobody is waited for, and the usual place need not be writable.
+const LOCK: (&str, &str) = ("XTABLES_LOCKFILE", "/dev/null");
 
 /// Why rules could not be read or changed.
 #[derive(Debug, Error)]
 pub enum IptablesError {
     #[error(
-        "no usable iptables was found: {0}; install the iptables package (apt-get install iptables) and check that the kernel allows it"
+        "no usable {program} was found: {reasons}; install iptables (apt-get install iptables), run with the \
+         capabilities NET_ADMIN and SYS_ADMIN, and check that the kernel has netfilter's nat table{hint}"
     )]
-    NoBinary(String),
+    NoBinary {
+        program: &'static str,
+        reasons: String,
+        hint: &'static str,
+    },
     #[error("FORCE_IPTABLES_BINARY={0} is not known; use legacy or nft")]
     Forced(String),
     #[error("{program} cannot be run: {error}")]
     Run { program: String, error: io::Error },
     #[error("{program} failed: {message}")]
     Failed { program: String, message: String },
+    #[error(
+        "{program} did not take the rules: {message}; the kernel needs the netfilter modules nf_nat, xt_REDIRECT, \
+         xt_mark, xt_connmark and xt_CT"
+    )]
+    Refused { program: String, message: String },
 }
 
 /// One of the variants of iptables for one family.
@@ -37,59 +50,76 @@ pub struct Iptables {
     lock: bool,
 }
 
-type Detected = Result<Iptables, String>;
+/// Where a program runs.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Here,
+    Pod(BorrowedFd<'a>),
+    /// A namespace that nobody else is in and that goes with the program.
+    Fresh,
+}
 
 impl Iptables {
-    /// The variant to use for a family: as forced, else the one that holds rules already, else nft. Looked up once.
+    /// The variant to use for a family: as forced, else legacy if it holds rules already, else nft, else whichever is
+    /// there. The first success is remembered.
     ///
     /// # Errors
     /// When none of them works.
     pub fn detect(family: Family) -> Result<Self, IptablesError> {
-        static FOUND: [OnceLock<Detected>; 2] = [OnceLock::new(), OnceLock::new()];
-        let forced = std::env::var("FORCE_IPTABLES_BINARY").unwrap_or_default();
-        let variants: &[&str] = match &*forced {
-            "" => &["-legacy", "-nft", ""],
-            "legacy" => &["-legacy"],
-            "nft" => &["-nft"],
-            other => return Err(IptablesError::Forced(other.to_string())),
+        static FOUND: [OnceLock<Iptables>; 2] = [OnceLock::new(), OnceLock::new()];
+        let known = &FOUND[family as usize];
+        if let Some(iptables) = known.get() {
+            return Ok(iptables.clone());
+        }
+        let (program, hint) = match family {
+            Family::V4 => ("iptables", ""),
+            Family::V6 => ("ip6tables", "; or turn the capture of IPv6 off"),
         };
+        let forced = std::env::var("FORCE_IPTABLES_BINARY").unwrap_or_default();
         let found =
-            FOUND[family as usize].get_or_init(|| Self::find(family, variants, forced.is_empty()));
-        found.clone().map_err(IptablesError::NoBinary)
+            Self::find(program, variants(&forced)?).map_err(|reasons| IptablesError::NoBinary {
+                program,
+                reasons,
+                hint,
+            })?;
+        Ok(known.get_or_init(|| found).clone())
     }
 
-    fn find(family: Family, variants: &[&str], only_used_legacy: bool) -> Detected {
-        let base = if family == Family::V4 {
-            "iptables"
-        } else {
-            "ip6tables"
-        };
+    /// The first variant that works; otherwise why none does.
+    fn find(program: &str, variants: &[Variant]) -> Result<Self, String> {
         let mut reasons = Vec::new();
         for variant in variants {
-            let mut candidate = Self {
-                program: format!("{base}{variant}"),
-                lock: false,
-            };
-            match candidate.probe() {
-                Ok(saved)
-                    if *variant == "-legacy" && only_used_legacy && saved.lines().count() < 3 => {}
-                Ok(_) => {
-                    candidate.lock = !candidate.is_nft();
-                    return Ok(candidate);
-                }
+            let candidate = Self::variant(format!("{program}{}", variant.suffix));
+            match candidate.usable(variant.only_with_rules) {
+                Ok(true) => return Ok(candidate),
+                Ok(false) => reasons.push(format!("{} holds no rules", candidate.program)),
                 Err(error) => reasons.push(error.to_string()),
             }
         }
         Err(reasons.join("; "))
     }
 
-    fn probe(&self) -> Result<String, IptablesError> {
-        self.run(None, "-save", &[], None)
+    fn variant(program: String) -> Self {
+        let mut candidate = Self {
+            program,
+            lock: false,
+        };
+        // Those too old to tell their version are legacy.
+        let version = candidate.run(Place::Here, "-save", &["--version"], None);
+        candidate.lock = !version.is_ok_and(|version| version.contains("nf_tables"));
+        candidate
     }
 
-    fn is_nft(&self) -> bool {
-        self.run(None, "-save", &["--version"], None)
-            .is_ok_and(|version| version.contains("nf_tables"))
+    fn usable(&self, only_with_rules: bool) -> Result<bool, IptablesError> {
+        let saved = self.run(Place::Here, "-save", &[], None)?;
+        if only_with_rules && saved.lines().count() < 3 {
+            return Ok(false);
+        }
+        // Programs may be there without what they need of the kernel.
+        let rule = "-t nat -A INPUT -p 255 -j RETURN";
+        let arguments: Vec<_> = rule.split(' ').collect();
+        self.run(Place::Fresh, "", &arguments, None)?;
+        Ok(true)
     }
 
     /// The name of the program.
@@ -102,7 +132,8 @@ impl Iptables {
     /// # Errors
     /// When it cannot be read.
     pub fn save(&self, netns: BorrowedFd<'_>) -> Result<Saved, IptablesError> {
-        Ok(Saved::parse(&self.run(Some(netns), "-save", &[], None)?))
+        let text = self.run(Place::Pod(netns), "-save", &[], None)?;
+        Ok(Saved::parse(&text))
     }
 
     /// Changes a namespace, all or nothing per table.
@@ -115,8 +146,12 @@ impl Iptables {
         } else {
             &["--noflush"]
         };
-        self.run(Some(netns), "-restore", wait, Some(text))
-            .map(|_| ())
+        match self.run(Place::Pod(netns), "-restore", wait, Some(text)) {
+            Err(IptablesError::Failed { program, message }) => {
+                Err(IptablesError::Refused { program, message })
+            }
+            result => result.map(|_| ()),
+        }
     }
 
     /// Whether a namespace holds a rule, given as it stands behind `-C`.
@@ -131,7 +166,7 @@ impl Iptables {
     ) -> Result<bool, IptablesError> {
         let mut arguments = vec!["-t", table, "-C"];
         arguments.extend(rule.split(' '));
-        match self.run(Some(netns), "", &arguments, None) {
+        match self.run(Place::Pod(netns), "", &arguments, None) {
             Ok(_) => Ok(true),
             Err(IptablesError::Failed { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -140,31 +175,62 @@ impl Iptables {
 
     fn run(
         &self,
-        netns: Option<BorrowedFd<'_>>,
+        place: Place<'_>,
         suffix: &str,
         arguments: &[&str],
         input: Option<&str>,
     ) -> Result<String, IptablesError> {
         let program = format!("{}{suffix}", self.program);
-        let failed = |error| IptablesError::Run {
-            program: program.clone(),
-            error,
+        let output = match execute(&program, arguments, place, input) {
+            Ok(output) => output,
+            Err(error) => return Err(IptablesError::Run { program, error }),
         };
-        let output = execute(&program, arguments, netns, input).map_err(failed)?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        let message = String::from_utf8_lossy(&output.stderr)
-            .trim()
-            .replace('\n', "; ");
+        let told = String::from_utf8_lossy(&output.stderr);
+        let lines = told.lines().map(str::trim).filter(|line| !line.is_empty());
+        let message = match lines.collect::<Vec<_>>().join("; ") {
+            nothing if nothing.is_empty() => output.status.to_string(),
+            message => message,
+        };
         Err(IptablesError::Failed { program, message })
+    }
+}
+
+/// A kind of iptables that may be installed.
+#[derive(Clone, Copy)]
+struct Variant {
+    suffix: &'static str,
+    /// Whether it counts only where it holds rules.
+    only_with_rules: bool,
+}
+
+/// Which variants to try, in this order.
+fn variants(forced: &str) -> Result<&'static [Variant], IptablesError> {
+    const fn variant(suffix: &'static str, only_with_rules: bool) -> Variant {
+        Variant {
+            suffix,
+            only_with_rules,
+        }
+    }
+    const ANY: [Variant; 3] = [
+        variant("-legacy", true),
+        variant("-nft", false),
+        variant("", false),
+    ];
+    match forced {
+        "" => Ok(&ANY),
+        "legacy" => Ok(const { &[variant("-legacy", false)] }),
+        "nft" => Ok(const { &[variant("-nft", false)] }),
+        other => Err(IptablesError::Forced(other.to_string())),
     }
 }
 
 fn execute(
     program: &str,
-    arguments: &[impl AsRef<OsStr>],
-    netns: Option<BorrowedFd<'_>>,
+    arguments: &[&str],
+    place: Place<'_>,
     input: Option<&str>,
 ) -> io::Result<Output> {
     let mut command = Command::new(program);
@@ -173,17 +239,26 @@ fn execute(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    if let Some(netns) = netns {
-        let raw = netns.as_raw_fd();
-        // SAFETY: between fork and exec only setns is called, on a descriptor that stays open until the child runs.
-        unsafe {
-            command.pre_exec(move || {
-                Ok(setns(
-                    BorrowedFd::borrow_raw(raw),
+    let enter: Box<dyn Fn() -> nix::Result<()> + Send + Sync> = match place {
+        Place::Here => Box::new(|| Ok(())),
+        Place::Fresh => Box::new(|| unshare(CloneFlags::CLONE_NEWNET)),
+        Place::Pod(netns) => {
+            let raw = netns.as_raw_fd();
+            // SAFETY: the descriptor is borrowed for longer than the child lives.
+            Box::new(move || {
+                setns(
+                    unsafe { BorrowedFd::borrow_raw(raw) },
                     CloneFlags::CLONE_NEWNET,
-                )?)
-            });
+                )
+            })
         }
+    };
+    if !matches!(place, Place::Here) {
+        command.env(LOCK.0, LOCK.1);
+    }
+    // SAFETY: between fork and exec nothing happens but one system call.
+    unsafe {
+        command.pre_exec(move || Ok(enter()?));
     }
     let mut child = command.spawn()?;
     if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
@@ -193,129 +268,135 @@ fn execute(
     child.wait_with_output()
 }
 
-/// A table as `iptables-save` prints it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SavedTable {
-    pub name: String,
-    /// Our own chains, and those that look like ours.
-    pub chains: Vec<String>,
-    /// Every rule, beginning with its chain.
-    pub rules: Vec<String>,
-}
-
-impl SavedTable {
-    /// How many rules a chain has.
-    pub fn count(&self, chain: &str) -> usize {
-        self.rules
-            .iter()
-            .filter(|rule| rule.split(' ').next() == Some(chain))
-            .count()
-    }
-}
-
-/// The tables of a namespace that capture may have to do with.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Saved {
-    pub tables: Vec<SavedTable>,
-}
-
-impl Saved {
-    fn parse(text: &str) -> Self {
-        let mut saved = Self::default();
-        for line in text.lines() {
-            if let Some(name) = line.strip_prefix('*') {
-                saved.tables.push(SavedTable {
-                    name: name.trim().to_string(),
-                    ..Default::default()
-                });
-            } else if let Some(table) = saved.tables.last_mut() {
-                if let Some(chain) = line.strip_prefix(':') {
-                    let name = chain.split(' ').next().unwrap_or_default();
-                    if name.starts_with(CHAIN_PREFIX) {
-                        table.chains.push(name.to_string());
-                    }
-                } else if let Some(rule) = line.strip_prefix("-A ") {
-                    table.rules.push(rule.to_string());
-                }
-            }
-        }
-        saved
-            .tables
-            .retain(|table| matches!(&*table.name, "filter" | "nat" | "mangle" | "raw"));
-        saved
-    }
-
-    /// A table by name.
-    pub fn table(&self, name: &str) -> Option<&SavedTable> {
-        self.tables.iter().find(|table| table.name == name)
-    }
-
-    /// Whether there is nothing at all.
-    pub fn is_empty(&self) -> bool {
-        self.tables
-            .iter()
-            .all(|table| table.chains.is_empty() && table.rules.is_empty())
-    }
-
-    /// The input for `iptables-restore` that removes every chain of ours and every jump to one.
-    pub fn removal(&self) -> Option<String> {
-        let mut text = String::new();
-        for table in self.tables.iter().filter(|table| !table.chains.is_empty()) {
-            text.push_str(&format!("*{}\n", table.name));
-            for rule in &table.rules {
-                let ours = rule.starts_with(CHAIN_PREFIX);
-                let jumps = rule.split(' ').skip_while(|word| *word != "-j").nth(1);
-                if !ours
-                    && jumps.is_some_and(|target| table.chains.iter().any(|chain| chain == target))
-                {
-                    text.push_str(&format!("-D {rule}\n"));
-                }
-            }
-            for command in ["-F", "-X"] {
-                for chain in &table.chains {
-                    text.push_str(&format!("{command} {chain}\n"));
-                }
-            }
-            text.push_str("COMMIT\n");
-        }
-        (!text.is_empty()).then_some(text)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
     use super::*;
 
+    /// A folder of programs that pretend to be iptables.
+    ///
+    /// Only one at a time: a program cannot run while a child of another test has its file open for writing.
+    struct Programs(
+        PathBuf,
+        #[allow(dead_code, reason = "held")] MutexGuard<'static, ()>,
+    );
+
+    impl Programs {
+        fn new(name: &str) -> Self {
+            let folder =
+                std::env::temp_dir().join(format!("wrn-iptables-{}-{name}", std::process::id()));
+            static ONE: Mutex<()> = Mutex::new(());
+            let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+            fs::create_dir_all(&folder).unwrap();
+            Self(folder, one)
+        }
+
+        /// One variant: what its version is called, how many lines it saves, whether it can add rules.
+        fn with(self, suffix: &str, version: &str, lines: usize, adds: bool) -> Self {
+            let save = format!(
+                "case \"$1\" in --version) echo 'iptables-save v1.8 {version}';; *) seq {lines};; esac"
+            );
+            let add = if adds {
+                "exit 0"
+            } else {
+                "printf 'no nat\\n\\nat all\\n' >&2; exit 3"
+            };
+            for (name, body) in [
+                (format!("iptables{suffix}-save"), save.as_str()),
+                (format!("iptables{suffix}"), add),
+            ] {
+                let path = self.0.join(name);
+                fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            }
+            self
+        }
+
+        fn find(&self, forced: &str) -> Result<(String, bool), String> {
+            let program = self.0.join("iptables").to_string_lossy().into_owned();
+            let found = Iptables::find(&program, variants(forced).unwrap());
+            let prefix = format!("{}/", self.0.display());
+            found
+                .map(|found| (found.program.replace(&prefix, ""), found.lock))
+                .map_err(|reasons| reasons.replace(&prefix, ""))
+        }
+    }
+
+    impl Drop for Programs {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn found(program: &str, lock: bool) -> Result<(String, bool), String> {
+        Ok((program.to_string(), lock))
+    }
+
+    fn is_root() -> bool {
+        let root = nix::unistd::geteuid().is_root();
+        if !root {
+            eprintln!("skipped: finding iptables needs root");
+        }
+        root
+    }
+
     #[test]
-    fn what_is_saved_is_read_and_only_ours_is_removed() {
-        let text = "\
-# Generated
-*filter
-:INPUT ACCEPT [0:0]
--A INPUT -p tcp -j DROP
-COMMIT
-*nat
-:PREROUTING ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
-:OTHER - [0:0]
-:ISTIO_OUTPUT - [0:0]
-:ISTIO_TEST - [0:0]
--A OUTPUT -j OTHER
--A OUTPUT -j ISTIO_OUTPUT
--A ISTIO_OUTPUT -p tcp -j ISTIO_TEST
-COMMIT
-*security
-:INPUT ACCEPT [0:0]
--A INPUT -j ACCEPT
-COMMIT
-";
-        let saved = Saved::parse(text);
-        assert!(!saved.is_empty());
-        assert_eq!(saved.tables.len(), 2);
-        assert_eq!(saved.table("nat").map(|nat| nat.count("OUTPUT")), Some(2));
-        let removal = "*nat\n-D OUTPUT -j ISTIO_OUTPUT\n-F ISTIO_OUTPUT\n-F ISTIO_TEST\n-X ISTIO_OUTPUT\n-X ISTIO_TEST\nCOMMIT\n";
-        assert_eq!(saved.removal().as_deref(), Some(removal));
-        assert!(Saved::parse("*nat\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n").is_empty());
-        assert_eq!(Saved::parse("garbage\n-A x\n"), Saved::default());
+    fn legacy_is_used_only_where_it_holds_rules_or_is_forced() {
+        if !is_root() {
+            return;
+        }
+        let idle = Programs::new("idle")
+            .with("-legacy", "(legacy)", 2, true)
+            .with("-nft", "(nf_tables)", 0, true);
+        assert_eq!(idle.find(""), found("iptables-nft", false));
+        assert_eq!(idle.find("legacy"), found("iptables-legacy", true));
+        drop(idle);
+        let busy = Programs::new("busy")
+            .with("-legacy", "(legacy)", 3, true)
+            .with("-nft", "(nf_tables)", 0, true);
+        assert_eq!(busy.find(""), found("iptables-legacy", true));
+        assert_eq!(busy.find("nft"), found("iptables-nft", false));
+    }
+
+    #[test]
+    fn the_plain_name_is_the_last_resort_and_says_itself_what_it_is() {
+        if !is_root() {
+            return;
+        }
+        let plain = Programs::new("plain-nft").with("", "(nf_tables)", 0, true);
+        assert_eq!(plain.find(""), found("iptables", false));
+        drop(plain);
+        let plain = Programs::new("plain-legacy").with("", "", 0, true);
+        assert_eq!(plain.find(""), found("iptables", true));
+    }
+
+    #[test]
+    fn when_nothing_works_each_reason_is_told() {
+        if !is_root() {
+            return;
+        }
+        let broken = Programs::new("broken")
+            .with("-legacy", "(legacy)", 0, true)
+            .with("-nft", "(nf_tables)", 0, false);
+        let reasons = "iptables-legacy holds no rules; iptables-nft failed: no nat; at all; \
+                       iptables-save cannot be run: No such file or directory (os error 2)";
+        assert_eq!(broken.find(""), Err(reasons.to_string()));
+        let error = IptablesError::NoBinary {
+            program: "iptables",
+            reasons: reasons.to_string(),
+            hint: "",
+        };
+        assert!(error.to_string().contains("apt-get install iptables"));
+    }
+
+    #[test]
+    fn an_unknown_variant_is_refused_by_name() {
+        let error = variants("nftables").err().map(|error| error.to_string());
+        let expected = "FORCE_IPTABLES_BINARY=nftables is not known; use legacy or nft";
+        assert_eq!(error.as_deref(), Some(expected));
     }
 }

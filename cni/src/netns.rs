@@ -1,10 +1,28 @@
-//! Entering a network namespace for a piece of work.
+//! Network namespaces: telling them apart, entering them for a piece of work, having one to oneself.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::fstat;
+
+/// Opens a network namespace by its path, such as `/proc/1/ns/net`.
+///
+/// # Errors
+/// When nothing is there, or something else.
+pub fn open(path: &Path) -> io::Result<File> {
+    let file = File::open(path)?;
+    // SAFETY: the request takes no argument and only tells the kind of a namespace.
+    let kind = unsafe { libc::ioctl(file.as_raw_fd(), libc::NS_GET_NSTYPE as _) };
+    if kind == libc::CLONE_NEWNET {
+        return Ok(file);
+    }
+    let text = format!("{} is not a network namespace", path.display());
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+}
 
 /// Runs something in a network namespace, on a thread of its own so that no other is ever in the wrong place.
 ///
@@ -35,20 +53,67 @@ pub fn within<T: Send>(
     })
 }
 
-/// Opens the network namespace of a process.
-///
-/// # Errors
-/// When the process is gone.
-pub fn of_process(pid: u32) -> io::Result<File> {
-    File::open(format!("/proc/{pid}/ns/net"))
-}
-
 /// What tells namespaces apart: device and inode.
 ///
 /// # Errors
 /// When the descriptor cannot be examined.
 pub fn id(netns: impl AsFd) -> io::Result<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = File::from(netns.as_fd().try_clone_to_owned()?).metadata()?;
-    Ok((metadata.dev(), metadata.ino()))
+    let status = fstat(netns)?;
+    Ok((status.st_dev, status.st_ino))
+}
+
+/// Waits until nobody else holds the namespace, in this or any other process, and holds it until dropped.
+///
+/// # Errors
+/// When `/proc` is not there.
+pub fn hold(netns: BorrowedFd<'_>) -> io::Result<Flock<File>> {
+    // Locks go with an opening of a file, so each holder needs one of its own.
+    let file = File::open(format!("/proc/self/fd/{}", netns.as_raw_fd()))?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn only_a_network_namespace_is_opened_as_one() {
+        let own = open(Path::new("/proc/self/ns/net")).unwrap();
+        let again = open(Path::new("/proc/thread-self/ns/net")).unwrap();
+        assert_eq!(id(&own).unwrap(), id(&again).unwrap());
+        for (path, part) in [
+            ("/proc/self/ns/mnt", "is not a network namespace"),
+            ("/proc/self/status", "is not a network namespace"),
+            ("/proc/self/ns/nothing", "No such file"),
+        ] {
+            let error = open(Path::new(path)).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_held_namespace_is_waited_for() {
+        let own = open(Path::new("/proc/self/ns/net")).unwrap();
+        let held = hold(own.as_fd()).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let other = std::thread::spawn(move || {
+            let _held = hold(own.as_fd()).unwrap();
+            sender.send(()).unwrap();
+        });
+        let early = receiver.recv_timeout(Duration::from_millis(100));
+        assert!(early.is_err());
+        drop(held);
+        receiver.recv_timeout(Duration::from_secs(10)).unwrap();
+        other.join().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_not_entered() {
+        let file = File::open("/proc/self/status").unwrap();
+        let refused = within(file.as_fd(), || Ok(())).unwrap_err().to_string();
+        assert!(refused.starts_with("cannot enter the network namespace: "));
+    }
 }

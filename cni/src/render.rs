@@ -6,6 +6,7 @@ use crate::rules::{
     CaptureConfig, DNS_PORT, DNS_ZONE, Family, HBONE_PORT, Hook, MARK_MASK, OUTBOUND_PORT,
     PLAINTEXT_PORT, PROXY_MARK, Rule, SPOOFED_MARK, Table, plan, tables,
 };
+use crate::saved::{Saved, SavedTable};
 
 /// What the names of our chains begin with.
 pub const CHAIN_PREFIX: &str = "ISTIO_";
@@ -82,7 +83,7 @@ pub fn rule(rule: &Rule, family: Family, config: &CaptureConfig) -> String {
     format!("{} {text}", chain(rule.hook()))
 }
 
-/// All rules of a family as input for `iptables-restore --noflush`.
+/// All rules of a family as input for `iptables-restore --noflush`, for a namespace that has none of our chains.
 pub fn restore(family: Family, config: &CaptureConfig) -> String {
     let rules = plan(config);
     let mut text = String::new();
@@ -94,6 +95,72 @@ pub fn restore(family: Family, config: &CaptureConfig) -> String {
         text.push_str("COMMIT\n");
     }
     text
+}
+
+/// The same for a namespace that has some: whatever of ours is there is replaced, one table at a time without a gap.
+pub fn replacement(saved: &Saved, family: Family, config: &CaptureConfig) -> String {
+    let rules = plan(config);
+    let mut text = String::new();
+    for known in [Table::Mangle, Table::Nat, Table::Raw] {
+        let name = table(known);
+        let empty = SavedTable::default();
+        let held = saved.table(name).unwrap_or(&empty);
+        let planned = tables(config).contains(&known);
+        if !planned && held.chains.is_empty() {
+            continue;
+        }
+        let chains: &[Hook] = if planned {
+            &[Hook::Output, Hook::Prerouting]
+        } else {
+            &[]
+        };
+        let chains: Vec<_> = chains.iter().map(|hook| chain(*hook)).collect();
+        let _ = writeln!(text, "*{name}");
+        for chain in &chains {
+            // Empties the chain if there is one.
+            let _ = writeln!(text, ":{chain} - [0:0]");
+        }
+        clear(&mut text, held, &chains);
+        for planned in rules.iter().filter(|planned| planned.table() == known) {
+            let _ = writeln!(text, "-A {}", rule(planned, family, config));
+        }
+        text.push_str("COMMIT\n");
+    }
+    let elsewhere = saved.tables.iter().filter(|held| held.name == "filter");
+    for held in elsewhere {
+        text.push_str(&removal_of(held));
+    }
+    text
+}
+
+/// What removes every chain of ours and every jump to one; nothing if there is none.
+pub fn removal(saved: &Saved) -> Option<String> {
+    let text: String = saved.tables.iter().map(removal_of).collect();
+    (!text.is_empty()).then_some(text)
+}
+
+fn removal_of(held: &SavedTable) -> String {
+    let mut text = String::new();
+    if !held.chains.is_empty() {
+        let _ = writeln!(text, "*{}", held.name);
+        clear(&mut text, held, &[]);
+        text.push_str("COMMIT\n");
+    }
+    text
+}
+
+/// Removes the jumps to our chains, and the chains but for those to keep.
+fn clear(text: &mut String, held: &SavedTable, keep: &[&str]) {
+    for jump in held.jumps() {
+        let _ = writeln!(text, "-D {jump}");
+    }
+    for command in ["-F", "-X"] {
+        for chain in &held.chains {
+            if !keep.contains(&&**chain) {
+                let _ = writeln!(text, "{command} {chain}");
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -210,5 +277,91 @@ COMMIT
         assert!(!plan(&no_dns).iter().any(|rule| rule.table() == Table::Raw));
         let text = restore(Family::V4, &virtuals);
         assert!(text.contains("-A ISTIO_PRERT -i a -p tcp -j REDIRECT --to-ports 15001\n-A ISTIO_PRERT -i a -p tcp -j RETURN\n"));
+    }
+
+    const HELD: &str = "\
+*filter
+:ISTIO_OLD - [0:0]
+-A INPUT -p tcp -j DROP
+-A INPUT -j ISTIO_OLD
+*nat
+:OTHER - [0:0]
+:ISTIO_OUTPUT - [0:0]
+:ISTIO_TEST - [0:0]
+-A OUTPUT -j OTHER
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_OUTPUT -p tcp -j ISTIO_TEST
+*raw
+:ISTIO_OUTPUT - [0:0]
+-A OUTPUT -j ISTIO_OUTPUT
+";
+
+    #[test]
+    fn removal_leaves_what_is_not_ours() {
+        let expected = "\
+*filter
+-D INPUT -j ISTIO_OLD
+-F ISTIO_OLD
+-X ISTIO_OLD
+COMMIT
+*nat
+-D OUTPUT -j ISTIO_OUTPUT
+-F ISTIO_OUTPUT
+-F ISTIO_TEST
+-X ISTIO_OUTPUT
+-X ISTIO_TEST
+COMMIT
+*raw
+-D OUTPUT -j ISTIO_OUTPUT
+-F ISTIO_OUTPUT
+-X ISTIO_OUTPUT
+COMMIT
+";
+        assert_eq!(removal(&Saved::parse(HELD)).as_deref(), Some(expected));
+        assert_eq!(removal(&Saved::parse("*nat\n-A OUTPUT -j DROP\n")), None);
+    }
+
+    #[test]
+    fn replacement_swaps_each_table_in_one_go() {
+        let config = CaptureConfig {
+            dns: false,
+            bypass_inbound: true,
+            ..CaptureConfig::default()
+        };
+        let expected = "\
+*mangle
+:ISTIO_OUTPUT - [0:0]
+:ISTIO_PRERT - [0:0]
+-A PREROUTING -j ISTIO_PRERT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff
+-A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff
+COMMIT
+*nat
+:ISTIO_OUTPUT - [0:0]
+:ISTIO_PRERT - [0:0]
+-D OUTPUT -j ISTIO_OUTPUT
+-F ISTIO_TEST
+-X ISTIO_TEST
+-A OUTPUT -j ISTIO_OUTPUT
+-A PREROUTING -j ISTIO_PRERT
+-A ISTIO_OUTPUT -d 169.254.7.127/32 -p tcp -m tcp -j ACCEPT
+-A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
+-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -j ACCEPT
+-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001
+COMMIT
+*raw
+-D OUTPUT -j ISTIO_OUTPUT
+-F ISTIO_OUTPUT
+-X ISTIO_OUTPUT
+COMMIT
+*filter
+-D INPUT -j ISTIO_OLD
+-F ISTIO_OLD
+-X ISTIO_OLD
+COMMIT
+";
+        let text = replacement(&Saved::parse(HELD), Family::V4, &config);
+        assert_eq!(text, expected);
     }
 }

@@ -1,8 +1,12 @@
-//! The route that brings answers to spoofed connections back to the proxy, over netlink (RFC 3549).
+//! The route that brings answers to spoofed connections back to the proxy.
+//!
+//! `ip rule add fwmark 0x111/0xfff pref 32764 lookup 100` and `ip route add local default dev lo table 100`, for the
+//! namespace of the calling thread.
 
+use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use crate::netlink::{Attributes, Netlink, attribute};
 use crate::rules::{Family, MARK_MASK, SPOOFED_MARK};
 
 /// The routing table of marked packets.
@@ -12,7 +16,6 @@ const PRIORITY: u32 = 32_764;
 /// The index of the loopback interface, the first of every namespace.
 const LOOPBACK: u32 = 1;
 
-const ACK: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
 const REPLACE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_REPLACE) as u16;
 const EXCLUSIVE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
 
@@ -24,38 +27,71 @@ const FRA_TABLE: u16 = 15;
 const FRA_FWMASK: u16 = 16;
 const FR_ACT_TO_TBL: u8 = 1;
 
-/// Adds the route and the rule of a family to the calling thread's namespace; what is there already stays.
+/// Adds what is missing; says whether nothing was.
 ///
 /// # Errors
 /// The kernel's error.
-pub fn add(family: Family) -> io::Result<()> {
+pub fn ensure(family: Family) -> io::Result<bool> {
+    if missing(family)?.is_none() {
+        return Ok(true);
+    }
     let netlink = Netlink::open()?;
-    netlink.request(libc::RTM_NEWROUTE, REPLACE, &route(family))?;
+    if wants_route(family) {
+        netlink.request(libc::RTM_NEWROUTE, REPLACE, &route(family))?;
+    }
     match netlink.request(libc::RTM_NEWRULE, EXCLUSIVE, &rule(family)) {
-        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        result => result,
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+        _ => Ok(false),
     }
 }
 
-/// Removes them again; what is not there is no error.
+/// What is not there: the route or the rule.
 ///
 /// # Errors
 /// The kernel's error.
-pub fn remove(family: Family) -> io::Result<()> {
+pub fn missing(family: Family) -> io::Result<Option<&'static str>> {
     let netlink = Netlink::open()?;
+    let rules = netlink.list(libc::RTM_GETRULE, &rule(family)[..RULE_HEADER])?;
+    if !rules.iter().any(|found| is_rule(found)) {
+        return Ok(Some("routing rule"));
+    }
+    let routes = netlink.list(libc::RTM_GETROUTE, &route(family)[..ROUTE_HEADER])?;
+    let routed = !wants_route(family) || routes.iter().any(|found| is_route(found));
+    Ok((!routed).then_some("route"))
+}
+
+/// Removes both; what is not there is no error.
+///
+/// # Errors
+/// The kernel's first error.
+pub fn remove(family: Family) -> io::Result<()> {
+    const ABSENT: [i32; 5] = [
+        libc::ENOENT,
+        libc::ESRCH,
+        libc::ENODEV,
+        libc::EAFNOSUPPORT,
+        libc::EOPNOTSUPP,
+    ];
     let absent = |result: io::Result<()>| match result {
         Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::ENOENT | libc::ESRCH | libc::EAFNOSUPPORT)
-            ) =>
+            if error
+                .raw_os_error()
+                .is_some_and(|code| ABSENT.contains(&code)) =>
         {
             Ok(())
         }
         result => result,
     };
-    absent(netlink.request(libc::RTM_DELRULE, 0, &rule(family)))?;
-    absent(netlink.request(libc::RTM_DELROUTE, 0, &route(family)))
+    let netlink = Netlink::open()?;
+    let rule = absent(netlink.request(libc::RTM_DELRULE, 0, &rule(family)));
+    let route = absent(netlink.request(libc::RTM_DELROUTE, 0, &route(family)));
+    rule.and(route)
+}
+
+/// A loopback interface without IPv6 takes no IPv6 routes, and needs none.
+fn wants_route(family: Family) -> bool {
+    const SWITCH: &str = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
+    family == Family::V4 || fs::read_to_string(SWITCH).map_or(true, |text| text.trim() != "1")
 }
 
 fn address_family(family: Family) -> u8 {
@@ -64,6 +100,9 @@ fn address_family(family: Family) -> u8 {
         Family::V6 => libc::AF_INET6 as u8,
     }
 }
+
+/// The length of struct rtmsg.
+const ROUTE_HEADER: usize = 12;
 
 /// `local default dev lo table 100`: struct rtmsg and one attribute.
 fn route(family: Family) -> Vec<u8> {
@@ -83,83 +122,69 @@ fn route(family: Family) -> Vec<u8> {
     body
 }
 
+fn is_route(body: &[u8]) -> bool {
+    let Some((header, attributes)) = body.split_at_checked(ROUTE_HEADER) else {
+        return false;
+    };
+    header[1] == 0
+        && (header[4], header[7]) == (TABLE, libc::RTN_LOCAL)
+        && Attributes(attributes).number(RTA_OIF) == Some(LOOPBACK)
+}
+
+/// The length of struct fib_rule_hdr.
+const RULE_HEADER: usize = 12;
+
 /// `fwmark 0x111/0xfff pref 32764 lookup 100`: struct fib_rule_hdr and its attributes.
 fn rule(family: Family) -> Vec<u8> {
     let mut body = vec![address_family(family), 0, 0, 0, TABLE, 0, 0, FR_ACT_TO_TBL];
     body.extend(0u32.to_ne_bytes());
-    attribute(&mut body, FRA_PRIORITY, PRIORITY);
-    attribute(&mut body, FRA_FWMARK, SPOOFED_MARK);
-    attribute(&mut body, FRA_FWMASK, MARK_MASK);
-    attribute(&mut body, FRA_TABLE, u32::from(TABLE));
+    for (kind, value) in ATTRIBUTES {
+        attribute(&mut body, kind, value);
+    }
     body
 }
 
-fn attribute(body: &mut Vec<u8>, kind: u16, value: u32) {
-    body.extend(8u16.to_ne_bytes());
-    body.extend(kind.to_ne_bytes());
-    body.extend(value.to_ne_bytes());
+const ATTRIBUTES: [(u16, u32); 4] = [
+    (FRA_PRIORITY, PRIORITY),
+    (FRA_FWMARK, SPOOFED_MARK),
+    (FRA_FWMASK, MARK_MASK),
+    (FRA_TABLE, TABLE as u32),
+];
+
+fn is_rule(body: &[u8]) -> bool {
+    let Some((header, attributes)) = body.split_at_checked(RULE_HEADER) else {
+        return false;
+    };
+    let attributes = Attributes(attributes);
+    (header[1], header[2], header[7]) == (0, 0, FR_ACT_TO_TBL)
+        && ATTRIBUTES
+            .iter()
+            .all(|(kind, value)| attributes.number(*kind) == Some(*value))
 }
 
-struct Netlink(OwnedFd);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Netlink {
-    fn open() -> io::Result<Self> {
-        // SAFETY: plain system call; the descriptor it gives is owned by nobody else.
-        let socket = unsafe {
-            let raw = libc::socket(
-                libc::AF_NETLINK,
-                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                libc::NETLINK_ROUTE,
-            );
-            if raw < 0 {
-                return Err(io::Error::last_os_error());
+    #[test]
+    fn what_is_asked_for_is_recognised_and_other_things_are_not() {
+        for family in [Family::V4, Family::V6] {
+            let (route, rule) = (route(family), rule(family));
+            assert!(is_route(&route) && is_rule(&rule));
+            assert!(!is_route(&rule) && !is_rule(&route));
+            for index in [1, 4, 7, 16] {
+                let mut other = route.clone();
+                other[index] ^= 0x10;
+                assert!(!is_route(&other), "{index}");
             }
-            OwnedFd::from_raw_fd(raw)
-        };
-        Ok(Self(socket))
-    }
-
-    /// Sends a request and waits for its acknowledgement.
-    fn request(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
-        let length = 16 + body.len() as u32;
-        let mut message = Vec::with_capacity(length as usize);
-        message.extend(length.to_ne_bytes());
-        message.extend(kind.to_ne_bytes());
-        message.extend((ACK | flags).to_ne_bytes());
-        message.extend(1u32.to_ne_bytes());
-        message.extend(0u32.to_ne_bytes());
-        message.extend(body);
-        // SAFETY: the pointer and length are of a live buffer.
-        let sent = unsafe {
-            libc::send(
-                self.0.as_raw_fd(),
-                message.as_ptr().cast(),
-                message.len(),
-                0,
-            )
-        };
-        if sent < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let mut answer = [0u8; 1024];
-        // SAFETY: the pointer and length are of a live buffer.
-        let received = unsafe {
-            libc::recv(
-                self.0.as_raw_fd(),
-                answer.as_mut_ptr().cast(),
-                answer.len(),
-                0,
-            )
-        };
-        if received < 20 {
-            return Err(io::Error::last_os_error());
-        }
-        // struct nlmsgerr behind the header: a negative errno, or zero.
-        let code = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
-        if code == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::from_raw_os_error(-code))
+            for index in [1, 2, 7, 16, 24, 32, 40] {
+                let mut other = rule.clone();
+                other[index] ^= 0x10;
+                assert!(!is_rule(&other), "{index}");
+            }
+            for length in 0..route.len() {
+                assert!(!is_route(&route[..length]), "{length}");
+            }
         }
     }
 }

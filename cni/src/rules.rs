@@ -1,5 +1,6 @@
 //! The rules that bring a pod's traffic to the proxy: what they are, whatever they are written down in.
 
+use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// The mark on everything the proxy sends.
@@ -24,6 +25,15 @@ pub const DNS_ZONE: u16 = 1;
 pub enum Family {
     V4,
     V6,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
 }
 
 /// What is captured of a pod.
