@@ -29,5 +29,7 @@ lint: ## formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
-bench: packages ## a tunnel beside a plain relay, over loopback: bytes and requests by CPU time
+bench: packages ## what carrying costs: a tunnel beside a plain connection, and a whole mesh
 	$(CARGO) bench -p hbone
+	$(CARGO) build --release --bin warren
+	"$${CARGO_TARGET_DIR:-target}"/release/warren lab bench

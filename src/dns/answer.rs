@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use crate::mesh::Mesh;
 use crate::mesh::service::{HealthPolicy, IpFamilies, Service};
-use crate::mesh::snapshot::is_visible;
 use crate::mesh::workload::{HealthStatus, Workload};
 
 /// What resolving depends on besides the mesh.
@@ -127,14 +126,10 @@ fn find<'a>(
     hostname: &str,
 ) -> Option<&'a Arc<Service>> {
     let preferred = settings.preferred_namespace.as_deref();
-    let service = mesh.best_by_hostname(hostname, Some(&client.namespace), preferred)?;
-    let kubernetes = || {
-        service
-            .hostname
-            .ends_with(&format!(".svc.{}", settings.domain))
-    };
-    (is_visible(service, Some(&client.namespace)) && (!service.vips.is_empty() || kubernetes()))
-        .then_some(service)
+    let kubernetes = format!(".svc.{}", settings.domain);
+    mesh.best_of_hostname(hostname, Some(&client.namespace), preferred, |service| {
+        !service.vips.is_empty() || service.hostname.ends_with(&kubernetes)
+    })
 }
 
 fn addresses(

@@ -143,12 +143,24 @@ impl Mesh {
         client: Option<&str>,
         preferred: Option<&str>,
     ) -> Option<&Arc<Service>> {
-        let named = self
-            .by_hostname
-            .get(hostname)?
-            .iter()
-            .filter_map(|key| self.service(key));
-        best(named, client, preferred)
+        self.best_of_hostname(hostname, client, preferred, |_| true)
+    }
+
+    /// The same among the services that qualify.
+    pub fn best_of_hostname(
+        &self,
+        hostname: &str,
+        client: Option<&str>,
+        preferred: Option<&str>,
+        qualifies: impl Fn(&Service) -> bool,
+    ) -> Option<&Arc<Service>> {
+        let named = self.by_hostname.get(hostname)?.iter();
+        let named = named.filter_map(|key| self.service(key));
+        best(
+            named.filter(|service| qualifies(service)),
+            client,
+            preferred,
+        )
     }
 
     /// Whether the first set of policies has arrived; until then nobody is let in.

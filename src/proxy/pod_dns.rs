@@ -66,7 +66,7 @@ impl Resolver for PodResolver {
     }
 
     async fn forward(&self, query: &[u8], question: &Question) -> io::Result<Vec<u8>> {
-        let id = self.random(1 << 16) as u16;
+        let id = forward::random_id();
         let start = Instant::now();
         let answer = forward(query, id, &self.upstream, self).await;
         let telemetry = &self.pod.shared.telemetry;

@@ -59,13 +59,10 @@ mod tests {
             "10.0.0.2:80".parse().unwrap(),
         );
         let bytes = header(source, destination, Some(&identity));
-        assert_eq!(&bytes[..16], b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x25");
+        assert_eq!(&bytes[..16], b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x24");
         assert_eq!(&bytes[16..28], [10, 0, 0, 1, 10, 0, 0, 2, 1, 2, 0, 80]);
-        assert_eq!(&bytes[28..31], [0xd0, 0, 22]);
-        assert_eq!(
-            &bytes[31..],
-            b"spiffe://td/ns/a/sa/b\0"[..21].to_vec().as_slice()
-        );
+        assert_eq!(&bytes[28..31], [0xd0, 0, 21]);
+        assert_eq!(&bytes[31..], b"spiffe://td/ns/a/sa/b");
     }
 
     #[test]
