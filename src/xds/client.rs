@@ -403,3 +403,7 @@ fn json(value: &serde_json::Value) -> Value {
     };
     Value { kind: Some(kind) }
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;
