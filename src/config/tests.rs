@@ -1,0 +1,81 @@
+use super::*;
+
+fn load(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let map = variables
+        .iter()
+        .map(|(k, v)| (k.to_string(), v.to_string()))
+        .collect();
+    Config::from_variables(&Variables(map), None, 8, String::new())
+}
+
+#[test]
+fn nothing_set_gives_the_documented_defaults() {
+    let config = load(&[]).unwrap();
+    assert_eq!(config.workers, 2);
+    assert_eq!(config.packet_mark, Some(1337));
+    assert_eq!(
+        config.xds.address.as_deref(),
+        Some("https://localhost:15012")
+    );
+    assert_eq!(config.termination_deadline, Duration::from_secs(5));
+    assert!(config.dns && config.ipv6);
+}
+
+#[test]
+fn a_malformed_value_is_refused_by_name() {
+    for (name, value) in [
+        ("PROXY_MODE", "sidecar"),
+        ("IPV6_ENABLED", "yes"),
+        ("KEEPALIVE_TIME", "soon"),
+        ("HTTP2_FRAME_SIZE", "12"),
+        ("POOL_MAX_STREAMS_PER_CONNECTION", "0"),
+        ("ZTUNNEL_WORKER_THREADS", "200%"),
+        ("COMPLIANCE_POLICY", "fips"),
+        ("ENABLE_ORIG_SRC", "maybe"),
+    ] {
+        let error = load(&[(name, value)]).unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!("invalid env var {name}={value} (")),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn what_is_not_built_refuses_to_start() {
+    for variable in [
+        ("FAKE_CA", "true"),
+        ("PROXY_MODE", "dedicated"),
+        ("CRL_PATH", "/crl"),
+        ("CA_ADDRESS", ""),
+    ] {
+        assert!(
+            matches!(load(&[variable]), Err(ConfigError::Invalid(_))),
+            "{variable:?}"
+        );
+    }
+    assert!(matches!(
+        load(&[("XDS_ADDRESS", "http://x:1")]),
+        Err(ConfigError::Uri(_))
+    ));
+}
+
+#[test]
+fn metadata_and_headers_come_from_prefixed_variables() {
+    let config = load(&[
+        ("ISTIO_META_DNS_CAPTURE", "FALSE"),
+        ("ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:15053"),
+        ("ISTIO_META_CLUSTER_ID", "east"),
+        ("XDS_HEADER_X_A", "1"),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", "0"),
+    ])
+    .unwrap();
+    assert!(!config.dns);
+    assert_eq!(
+        config.dns_address,
+        ListenAddress::At("127.0.0.1:15053".parse().unwrap())
+    );
+    assert_eq!(config.cluster_id, "east");
+    assert_eq!(config.xds.headers, [("x_a".to_string(), "1".to_string())]);
+    assert_eq!(config.termination_deadline, Duration::from_secs(1));
+}
