@@ -111,11 +111,14 @@ impl Iptables {
     }
 
     fn usable(&self, only_with_rules: bool) -> Result<bool, IptablesError> {
-        let saved = self.run(Place::Here, "-save", &[], None)?;
-        if only_with_rules && saved.lines().count() < 3 {
-            return Ok(false);
+        if only_with_rules {
+            let saved = self.run(Place::Here, "-save", &[], None)?;
+            if saved.lines().count() < 3 {
+                return Ok(false);
+            }
         }
         // Programs may be there without what they need of the kernel.
+        self.run(Place::Fresh, "-save", &[], None)?;
         let rule = "-t nat -A INPUT -p 255 -j RETURN";
         let arguments: Vec<_> = rule.split(' ').collect();
         self.run(Place::Fresh, "", &arguments, None)?;
@@ -339,7 +342,7 @@ mod tests {
     fn is_root() -> bool {
         let root = nix::unistd::geteuid().is_root();
         if !root {
-            eprintln!("skipped: finding iptables needs root");
+            eprintln!("SKIPPED finding iptables: it needs root");
         }
         root
     }

@@ -334,7 +334,7 @@ fn legacy_iptables_does_as_well() {
         "many_at_once_do_not_get_in_each_others_way",
     ];
     let (passed, errors) = again(("FORCE_IPTABLES_BINARY", "legacy"), &tests);
-    for line in errors.lines().filter(|line| line.starts_with("skipped")) {
+    for line in errors.lines().filter(|line| line.contains("SKIPPED")) {
         eprintln!("{line}");
     }
     assert!(passed, "{errors}");
@@ -343,7 +343,7 @@ fn legacy_iptables_does_as_well() {
 #[test]
 fn a_machine_without_iptables_is_told_what_to_do() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: a_machine_without_iptables_is_told_what_to_do: it needs root");
+        eprintln!("SKIPPED a_machine_without_iptables_is_told_what_to_do: it needs root");
         return;
     }
     const INNER: &str = "WARREN_TEST_WITHOUT_IPTABLES";
