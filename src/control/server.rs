@@ -203,7 +203,8 @@ impl Client {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    for index in 0..TYPES.len() {
+                    // Policies first: a workload must not name what is not there yet.
+                    for index in (0..TYPES.len()).rev() {
                         if !self.send(index, false, responses).await {
                             return Ok(());
                         }

@@ -36,6 +36,8 @@ pub struct Mesh {
     pub(super) policies: imbl::HashMap<Arc<str>, Arc<Policy>>,
     /// Keys of the policies for everyone (`""`) or for a namespace.
     pub(super) policies_by_namespace: imbl::HashMap<Arc<str>, imbl::OrdSet<Arc<str>>>,
+    /// Policies that are gone for certain, while workloads may still name them.
+    pub(super) removed_policies: imbl::HashSet<Arc<str>>,
     pub(super) policies_synced: bool,
 }
 
@@ -166,6 +168,11 @@ impl Mesh {
     /// Whether the first set of policies has arrived; until then nobody is let in.
     pub fn policies_synced(&self) -> bool {
         self.policies_synced
+    }
+
+    /// Whether the control plane has taken a policy back, rather than not sent it yet.
+    pub fn is_removed_policy(&self, key: &str) -> bool {
+        self.removed_policies.contains(key)
     }
 
     /// A policy by its resource name.

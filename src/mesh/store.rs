@@ -12,6 +12,9 @@ use super::workload::{NamespacedHostname, NetworkMode, Protocol, Workload};
 use crate::policy::Policy;
 use crate::policy::model::Scope;
 
+/// So many names of removed policies are kept without a look at who still names them.
+const REMOVED_POLICIES: usize = 1024;
+
 /// One resource of the address type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AddressResource {
@@ -97,9 +100,12 @@ impl Store {
     pub fn apply_policies(&mut self, upserts: Vec<Policy>, removals: &[String]) {
         for key in removals {
             self.remove_policy(key);
+            self.mesh.removed_policies.insert(key.as_str().into());
         }
+        self.forget_removed_policies();
         for policy in upserts {
             self.remove_policy(&policy.key);
+            self.mesh.removed_policies.remove(&policy.key);
             let namespace = match policy.scope {
                 Scope::Global => Some(Arc::from("")),
                 Scope::Namespace => Some(policy.namespace.clone()),
@@ -115,6 +121,19 @@ impl Store {
             self.mesh
                 .policies
                 .insert(policy.key.clone(), Arc::new(policy));
+        }
+    }
+
+    /// Keeps the names of removed policies from piling up: only those that are still named matter.
+    fn forget_removed_policies(&mut self) {
+        if self.mesh.removed_policies.len() > REMOVED_POLICIES {
+            let workloads = self.mesh.workloads.values();
+            let named = workloads.flat_map(|workload| &workload.authorization_policies);
+            let removed = &self.mesh.removed_policies;
+            self.mesh.removed_policies = named
+                .filter(|key| removed.contains(*key))
+                .cloned()
+                .collect();
         }
     }
 

@@ -15,6 +15,8 @@ impl Mesh {
         for key in &workload.authorization_policies {
             match self.policy(key) {
                 Some(policy) => policies.push(policy),
+                // The record that still names it is about to be replaced.
+                None if self.is_removed_policy(key) => {}
                 None => return Verdict::Missing(key.to_string()),
             }
         }
@@ -63,6 +65,23 @@ mod tests {
                 },
             )
             .refusal()
+    }
+
+    #[test]
+    fn a_policy_that_was_taken_back_is_not_waited_for() {
+        let mut store = Store::new("");
+        store.set_policies_synced();
+        let mut workload = pod("a", "x", "10.0.0.1");
+        workload.authorization_policies = vec!["a/p".into()];
+        store.apply_policies(vec![denial("a/p", Scope::WorkloadSelector)], &[]);
+        assert_eq!(
+            refusal(&store, &workload).as_deref(),
+            Some("explicitly denied by: a/p")
+        );
+        store.apply_policies(vec![], &["a/p".to_string()]);
+        assert_eq!(refusal(&store, &workload), None);
+        store.apply_policies(vec![denial("a/p", Scope::WorkloadSelector)], &[]);
+        assert!(refusal(&store, &workload).is_some());
     }
 
     #[test]

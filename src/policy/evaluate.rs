@@ -63,6 +63,11 @@ impl Verdict {
         matches!(self, Self::Unrestricted | Self::Allowed(_))
     }
 
+    /// Whether it may pass, once policy is known; an open flow need not end because something has yet to arrive.
+    pub fn is_certain(&self) -> bool {
+        !matches!(self, Self::Missing(_) | Self::NotSynced)
+    }
+
     /// Why it may not pass.
     pub fn refusal(&self) -> Option<String> {
         match self {

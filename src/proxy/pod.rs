@@ -210,7 +210,8 @@ impl Pod {
                 src: flow.src,
                 dst: flow.dst,
             };
-            mesh.verdict(&workload, &context).is_allowed()
+            let verdict = mesh.verdict(&workload, &context);
+            verdict.is_allowed() || !verdict.is_certain()
         });
         for flow in cut {
             let identity = flow
