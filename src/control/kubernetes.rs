@@ -138,7 +138,7 @@ pub enum PortReference {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Selector {
     pub match_labels: Texts,
 }
@@ -150,22 +150,25 @@ pub struct AuthorizationPolicy {
     pub spec: AuthorizationSpec,
 }
 
+/// A field that is not known could be one that narrows the policy, so it is an error, here and below.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct AuthorizationSpec {
     pub selector: Option<Selector>,
     pub target_ref: Option<serde_json::Value>,
     pub target_refs: Vec<serde_json::Value>,
     pub action: String,
+    pub provider: Option<serde_json::Value>,
     pub rules: Vec<AuthorizationRule>,
 }
 
+/// A part that is not there says nothing; one that is there must say something.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuthorizationRule {
-    pub from: Vec<From>,
-    pub to: Vec<To>,
-    pub when: Vec<When>,
+    pub from: Option<Vec<From>>,
+    pub to: Option<Vec<To>>,
+    pub when: Option<Vec<When>>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -226,7 +229,7 @@ pub struct PeerAuthentication {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct PeerSpec {
     pub selector: Option<Selector>,
     pub mtls: Option<Mtls>,
@@ -247,7 +250,7 @@ fn by_port<'de, D: serde::Deserializer<'de>>(source: D) -> Result<BTreeMap<u16, 
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Mtls {
     pub mode: Mode,
 }

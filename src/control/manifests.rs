@@ -1,13 +1,15 @@
 //! A folder of manifests, read again and again; what cannot be read leaves its last good version in force.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::kubernetes::{AuthorizationPolicy, Named, PeerAuthentication, Pod, Service};
+use super::kubernetes::{AuthorizationPolicy, Metadata, Named, PeerAuthentication, Pod, Service};
 use super::translate;
 
 /// Namespace and name.
@@ -37,6 +39,16 @@ enum Object {
     Known,
 }
 
+/// What a folder says.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    pub objects: Objects,
+    /// What could not be read, by file, document and field, and what holds instead.
+    pub errors: Vec<String>,
+    /// What was read but will not do what it seems to say.
+    pub warnings: Vec<String>,
+}
+
 /// The folder and the last good version of each of its files.
 pub struct Manifests {
     folder: PathBuf,
@@ -59,45 +71,62 @@ impl Manifests {
         &self.folder
     }
 
-    /// Reads the folder with its sub-folders; gives the objects and every problem, by file, document and field.
-    pub fn load(&mut self) -> (Objects, Vec<String>) {
-        let (mut paths, mut problems) = (Vec::new(), Vec::new());
-        collect(&self.folder, &mut paths, &mut problems);
-        let unreadable = !problems.is_empty();
-        paths.sort();
-        for path in &paths {
-            let shown = path
-                .strip_prefix(&self.folder)
-                .unwrap_or(path)
-                .display()
-                .to_string();
-            let read =
-                std::fs::read_to_string(path).map_err(|error| vec![format!("{shown}: {error}")]);
-            match read.and_then(|text| self.parse(&shown, &text)) {
-                Ok(objects) => {
-                    self.files.insert(path.clone(), objects);
-                }
-                Err(errors) => problems.extend(errors),
-            }
-        }
+    /// Reads the folder with its sub-folders.
+    pub fn load(&mut self) -> Loaded {
+        let mut found = Found::default();
+        found.collect(&self.folder);
+        let mut loaded = Loaded::default();
         // A folder that could not be listed may still hold what it held.
-        if !unreadable {
-            self.files.retain(|path, _| paths.contains(path));
-        }
-        let mut objects = Objects::default();
-        for (path, object) in self
-            .files
-            .iter()
-            .flat_map(|(path, all)| all.iter().map(move |object| (path, object)))
-        {
-            if let Err(name) = objects.put(object.clone()) {
-                problems.push(format!(
-                    "{}: {name} is there twice; the first one counts",
-                    path.display()
-                ));
+        let whole = found.problems.is_empty();
+        loaded.errors.append(&mut found.problems);
+        for path in &found.files {
+            let file = path.strip_prefix(&self.folder).unwrap_or(path);
+            let shown = file.display().to_string();
+            let read = match std::fs::read_to_string(path) {
+                Ok(text) => self.parse(&shown, &text),
+                // It went away since the folder was listed.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    self.files.remove(path);
+                    continue;
+                }
+                Err(error) => Err(vec![format!("{shown}: {error}")]),
+            };
+            match read {
+                Ok(objects) => drop(self.files.insert(path.clone(), objects)),
+                Err(problems) => {
+                    let holds = if self.files.contains_key(path) {
+                        "the file's last good version stays in force"
+                    } else {
+                        "nothing of the file is in force"
+                    };
+                    let one = |problem| format!("{problem}; {holds}");
+                    loaded.errors.extend(problems.into_iter().map(one));
+                }
             }
         }
-        (objects, problems)
+        if whole {
+            self.files.retain(|path, _| found.files.contains(path));
+        }
+        for (path, objects) in &self.files {
+            let file = path.strip_prefix(&self.folder).unwrap_or(path).display();
+            for object in objects {
+                if let Err(name) = loaded.objects.put(object.clone()) {
+                    loaded.warnings.push(format!(
+                        "{file}: {name} is there twice; the first one counts"
+                    ));
+                }
+            }
+        }
+        for policy in loaded.objects.policies.values() {
+            let Metadata {
+                namespace, name, ..
+            } = &policy.metadata;
+            for said in translate::policies::reservations(policy) {
+                let warning = format!("AuthorizationPolicy {namespace}/{name}: {said}");
+                loaded.warnings.push(warning);
+            }
+        }
+        loaded
     }
 
     fn parse(&mut self, file: &str, text: &str) -> Result<Vec<Object>, Vec<String>> {
@@ -116,13 +145,23 @@ impl Manifests {
             let list = value["kind"]
                 .as_str()
                 .is_some_and(|kind| kind.ends_with("List"));
-            let items = match value.get("items") {
-                Some(Value::Array(items)) if list => items.clone(),
-                _ => vec![value],
+            let items = match value {
+                Value::Object(mut list_object) if list => match list_object.remove("items") {
+                    Some(Value::Array(items)) => items,
+                    None | Some(Value::Null) => Vec::new(),
+                    Some(_) => {
+                        problems.push(wrong("items: is not a list".to_string()));
+                        continue;
+                    }
+                },
+                other => vec![other],
             };
-            for item in items {
+            for (number, item) in items.into_iter().enumerate() {
                 match self.object(item) {
                     Ok(object) => objects.push(object),
+                    Err(reason) if list => {
+                        problems.push(wrong(format!("items[{number}]: {reason}")))
+                    }
                     Err(reason) => problems.push(wrong(reason)),
                 }
             }
@@ -135,6 +174,7 @@ impl Manifests {
     }
 
     fn object(&mut self, mut value: Value) -> Result<Object, String> {
+        without_nulls(&mut value);
         let kind = value["kind"]
             .as_str()
             .ok_or("kind: is missing")?
@@ -155,8 +195,18 @@ impl Manifests {
         match (&*group, &*kind) {
             ("", "Namespace") => typed(&kind, value).map(Object::Namespace),
             ("", "Node") => typed(&kind, value).map(Object::Node),
-            ("", "Pod") => typed(&kind, value).map(Object::Pod),
-            ("", "Service") => typed(&kind, value).map(Object::Service),
+            ("", "Pod") => {
+                let pod: Pod = typed(&kind, value)?;
+                let name = &pod.metadata.name;
+                pod_addresses(&pod).map_err(|error| format!("{kind} {name}: {error}"))?;
+                Ok(Object::Pod(pod))
+            }
+            ("", "Service") => {
+                let service: Service = typed(&kind, value)?;
+                let name = &service.metadata.name;
+                cluster_addresses(&service).map_err(|error| format!("{kind} {name}: {error}"))?;
+                Ok(Object::Service(service))
+            }
             ("security.istio.io", "AuthorizationPolicy") => {
                 let policy: AuthorizationPolicy = typed(&kind, value)?;
                 translate::policies::check(&policy)
@@ -185,9 +235,7 @@ impl Manifests {
 
 impl Objects {
     fn put(&mut self, object: Object) -> Result<(), String> {
-        let name = |metadata: &super::kubernetes::Metadata| {
-            (metadata.namespace.clone(), metadata.name.clone())
-        };
+        let name = |metadata: &Metadata| (metadata.namespace.clone(), metadata.name.clone());
         fn insert<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: V) -> bool {
             match map.entry(key) {
                 std::collections::btree_map::Entry::Vacant(entry) => {
@@ -249,122 +297,85 @@ fn typed<T: DeserializeOwned>(kind: &str, value: Value) -> Result<T, String> {
     })
 }
 
-fn collect(folder: &Path, paths: &mut Vec<PathBuf>, problems: &mut Vec<String>) {
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) => return problems.push(format!("{}: {error}", folder.display())),
-    };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        let hidden = entry.file_name().to_string_lossy().starts_with('.');
-        let manifest = path
-            .extension()
-            .is_some_and(|end| ["yaml", "yml", "json"].iter().any(|known| end == *known));
-        if path.is_dir() && !hidden {
-            collect(&path, paths, problems);
-        } else if manifest && !hidden {
-            paths.push(path);
+/// Takes out fields that are null, which is to say that they are not there.
+fn without_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, field| !field.is_null());
+            fields.values_mut().for_each(without_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(without_nulls),
+        _ => {}
+    }
+}
+
+fn pod_addresses(pod: &Pod) -> Result<(), String> {
+    let status = &pod.status;
+    if !status.pod_ip.is_empty() {
+        address("status.podIP", &status.pod_ip)?;
+    }
+    for (number, entry) in status.pod_ips.iter().enumerate() {
+        address(&format!("status.podIPs[{number}].ip"), &entry.ip)?;
+    }
+    Ok(())
+}
+
+fn cluster_addresses(service: &Service) -> Result<(), String> {
+    let spec = &service.spec;
+    let all = std::iter::once(("spec.clusterIP".to_string(), &spec.cluster_ip));
+    let several = spec.cluster_ips.iter().enumerate();
+    let all = all.chain(several.map(|(number, ip)| (format!("spec.clusterIPs[{number}]"), ip)));
+    for (path, ip) in all.filter(|(_, ip)| !matches!(&***ip, "" | "None")) {
+        address(&path, ip)?;
+    }
+    Ok(())
+}
+
+fn address(path: &str, text: &str) -> Result<IpAddr, String> {
+    text.parse()
+        .map_err(|_| format!("{path}: {text:?} is not an IP address"))
+}
+
+/// The manifests below a folder, in order.
+#[derive(Default)]
+struct Found {
+    files: BTreeSet<PathBuf>,
+    problems: Vec<String>,
+    /// The folders that were seen, so that links in a circle end.
+    folders: BTreeSet<PathBuf>,
+}
+
+impl Found {
+    fn collect(&mut self, folder: &Path) {
+        let listed = folder.canonicalize().and_then(|real| {
+            let new = self.folders.insert(real);
+            Ok(new.then_some(std::fs::read_dir(folder)?))
+        });
+        let entries = match listed {
+            Ok(Some(entries)) => entries,
+            Ok(None) => return,
+            Err(error) => {
+                let problem = format!("{}: {error}; what it held stays", folder.display());
+                return self.problems.push(problem);
+            }
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if entry.file_name().to_string_lossy().starts_with('.') {
+                continue;
+            }
+            let manifest = path
+                .extension()
+                .is_some_and(|end| ["yaml", "yml", "json"].iter().any(|known| end == *known));
+            if path.is_dir() {
+                self.collect(&path);
+            } else if manifest {
+                self.files.insert(path);
+            }
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Folder(PathBuf);
-
-    impl Folder {
-        fn new(name: &str) -> Self {
-            let path =
-                std::env::temp_dir().join(format!("wrn-manifests-{}-{name}", std::process::id()));
-            std::fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-
-        fn write(&self, name: &str, text: &str) {
-            std::fs::write(self.0.join(name), text).unwrap();
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: a}\nspec:\n  ports: [{port: 80}]\n";
-
-    #[test]
-    fn a_bad_document_is_named_and_the_files_last_good_version_stays() {
-        let folder = Folder::new("bad");
-        folder.write("a.yaml", SERVICE);
-        folder.write(
-            "b.yaml",
-            "apiVersion: v1\nkind: Namespace\nmetadata: {name: b}\n",
-        );
-        let mut manifests = Manifests::new(folder.0.clone());
-        let (objects, problems) = manifests.load();
-        assert_eq!(
-            (
-                objects.services.len(),
-                objects.namespaces.len(),
-                problems.len()
-            ),
-            (1, 1, 0)
-        );
-        folder.write(
-            "a.yaml",
-            &format!(
-                "{SERVICE}---\n{}",
-                SERVICE.replace("port: 80", "port: eighty")
-            ),
-        );
-        let (objects, problems) = manifests.load();
-        assert_eq!(objects.services.len(), 1);
-        assert_eq!(problems.len(), 1);
-        assert!(
-            problems[0].starts_with("a.yaml: document 2: Service web: spec.ports[0].port: invalid"),
-            "{problems:?}"
-        );
-        folder.write("a.yaml", "apiVersion: v1\nkind: Service\n");
-        let (objects, problems) = manifests.load();
-        assert_eq!(
-            (objects.services.len(), &*problems[0]),
-            (1, "a.yaml: document 1: Service: metadata.name: is missing")
-        );
-        std::fs::remove_file(folder.0.join("a.yaml")).unwrap();
-        let (objects, problems) = manifests.load();
-        assert_eq!((objects.services.len(), problems.len()), (0, 0));
-    }
-
-    #[test]
-    fn what_is_unknown_is_skipped_and_what_is_double_is_told() {
-        let folder = Folder::new("double");
-        folder.write("a.yaml", &format!("{SERVICE}---\n\n---\n{SERVICE}---\napiVersion: x/v1\nkind: Foo\nmetadata: {{name: f}}\n"));
-        let (objects, problems) = Manifests::new(folder.0.clone()).load();
-        assert_eq!(objects.services.len(), 1);
-        assert_eq!(problems.len(), 1);
-        assert!(
-            problems[0].ends_with("Service a/web is there twice; the first one counts"),
-            "{problems:?}"
-        );
-    }
-
-    #[test]
-    fn a_policy_that_would_not_mean_what_it_says_is_refused() {
-        let folder = Folder::new("policy");
-        folder.write(
-            "p.yaml",
-            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: a}\nspec:\n  rules:\n  - to:\n    - operation: {ports: [http]}\n",
-        );
-        let (objects, problems) = Manifests::new(folder.0.clone()).load();
-        assert!(objects.policies.is_empty());
-        assert_eq!(
-            problems,
-            [
-                "p.yaml: document 1: AuthorizationPolicy p: spec.rules[0].to[0].operation.ports[0]: \"http\" is not a port number"
-            ]
-        );
-    }
-}
+#[path = "manifests_tests.rs"]
+mod tests;

@@ -1,5 +1,6 @@
 //! From the folder to the proxies: read, translated and pushed whenever something changes.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -11,7 +12,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::manifests::Manifests;
+use super::manifests::{Loaded, Manifests, Objects};
 use super::server::{Plane, Snapshot};
 use super::translate::{self, Settings};
 
@@ -29,7 +30,8 @@ pub struct Feed {
     manifests: Manifests,
     settings: Settings,
     snapshots: watch::Sender<Arc<Snapshot>>,
-    problems: Vec<String>,
+    errors: BTreeSet<String>,
+    warnings: BTreeSet<String>,
 }
 
 /// A feed that watches its folder.
@@ -56,7 +58,8 @@ impl Feed {
                 manifests: Manifests::new(folder),
                 settings,
                 snapshots,
-                problems: Vec::new(),
+                errors: BTreeSet::new(),
+                warnings: BTreeSet::new(),
             },
             receiver,
         )
@@ -85,22 +88,31 @@ impl Feed {
 
     /// Reads and translates the folder; pushes what differs.
     fn reload(&mut self, plane: &Plane) {
-        let (objects, problems) = self.manifests.load();
-        for problem in problems
-            .iter()
-            .filter(|problem| !self.problems.contains(problem))
-        {
-            tracing::error!("{problem}; its last good version stays in force");
-        }
-        self.problems = problems;
+        let Loaded {
+            objects,
+            errors,
+            warnings,
+        } = self.manifests.load();
+        let (mut errors, warnings) = (BTreeSet::from_iter(errors), BTreeSet::from_iter(warnings));
         {
             let mut tokens = plane.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-            for node in objects.nodes.keys() {
+            for node in nodes(&objects) {
                 if let Err(error) = tokens.ensure(node) {
-                    tracing::error!("no token for node {node}: {error:#}");
+                    errors.insert(format!("no token for node {node}: {error:#}"));
                 }
             }
         }
+        // What was said and still holds is not said again.
+        for error in errors.difference(&self.errors) {
+            tracing::error!("{error}");
+        }
+        for warning in warnings.difference(&self.warnings) {
+            tracing::warn!("{warning}");
+        }
+        if errors.is_empty() && !self.errors.is_empty() {
+            tracing::info!("all manifests are good again");
+        }
+        (self.errors, self.warnings) = (errors, warnings);
         let resources = translate::all(&objects, &self.settings);
         let (changes, next) = {
             let current = self.snapshots.borrow();
@@ -187,6 +199,13 @@ impl FolderWatch {
             sleep(QUIET / 10).await;
         }
     }
+}
+
+/// The nodes that are there or that pods are on.
+fn nodes(objects: &Objects) -> BTreeSet<&String> {
+    let of_pods = objects.pods.values().map(|pod| &pod.spec.node_name);
+    let known = objects.nodes.keys().chain(of_pods);
+    known.filter(|node| !node.is_empty()).collect()
 }
 
 fn place(folder: &Path) -> std::io::Result<(u64, u64)> {

@@ -88,9 +88,9 @@ mod tests_support {
             std::env::temp_dir().join(format!("wrn-translate-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("all.yaml"), text).unwrap();
-        let (objects, problems) = Manifests::new(folder.clone()).load();
+        let loaded = Manifests::new(folder.clone()).load();
         std::fs::remove_dir_all(folder).unwrap();
-        assert_eq!(problems, Vec::<String>::new());
-        objects
+        assert_eq!(loaded.errors, Vec::<String>::new());
+        loaded.objects
     }
 }

@@ -24,11 +24,6 @@ pub fn is_sent(policy: &AuthorizationPolicy) -> bool {
     spec.target_ref.is_none()
         && spec.target_refs.is_empty()
         && action(policy).is_ok_and(|action| action.is_some())
-        && policy
-            .metadata
-            .annotations
-            .get("istio.io/dry-run")
-            .is_none_or(|value| value != "true")
 }
 
 /// Checks that every value can be understood.
@@ -40,6 +35,40 @@ pub fn check(policy: &AuthorizationPolicy) -> Result<(), String> {
     rules(policy).map(drop)
 }
 
+/// What a policy says that proxies will not do, if anything.
+pub fn reservations(policy: &AuthorizationPolicy) -> Vec<String> {
+    let spec = &policy.spec;
+    if spec.target_ref.is_some() || !spec.target_refs.is_empty() {
+        return vec!["spec.targetRefs: is for waypoints only, proxies do not enforce it".into()];
+    }
+    match action(policy) {
+        Ok(None) => vec![format!(
+            "spec.action: {} is for waypoints only, proxies do not take it",
+            spec.action
+        )],
+        _ => {
+            let mut said = rules(policy).map(|(_, said)| said).unwrap_or_default();
+            said.extend(schemes(policy));
+            said
+        }
+    }
+}
+
+/// Principals that were written as URIs, which no principal ever is.
+fn schemes(policy: &AuthorizationPolicy) -> Vec<String> {
+    let rules = policy.spec.rules.iter();
+    let sources = rules.flat_map(|rule| rule.from.iter().flatten());
+    let principals = sources.flat_map(|from| {
+        from.source
+            .principals
+            .iter()
+            .chain(&from.source.not_principals)
+    });
+    let uris = principals.filter(|principal| principal.starts_with("spiffe://"));
+    uris.map(|uri| format!("{uri:?} is nobody: principals are written without spiffe://"))
+        .collect()
+}
+
 /// The policy's record; none if it does not concern proxies.
 pub fn authorization(
     policy: &AuthorizationPolicy,
@@ -48,19 +77,20 @@ pub fn authorization(
     if !is_sent(policy) {
         return None;
     }
-    let namespace = &policy.metadata.namespace;
+    let metadata = &policy.metadata;
     let scope = match &policy.spec.selector {
         Some(_) => SELECTOR,
-        None if namespace == root_namespace => GLOBAL,
+        None if metadata.namespace == root_namespace => GLOBAL,
         None => NAMESPACE,
     };
+    let dry_run = metadata.annotations.get("istio.io/dry-run");
     Some(proto::Authorization {
-        name: policy.metadata.name.clone(),
-        namespace: namespace.clone(),
+        name: metadata.name.clone(),
+        namespace: metadata.namespace.clone(),
         scope,
         action: action(policy).ok()??,
-        rules: rules(policy).ok()?,
-        dry_run: false,
+        rules: rules(policy).ok()?.0,
+        dry_run: dry_run.is_some_and(|value| value == "true"),
     })
 }
 
@@ -76,71 +106,131 @@ fn action(policy: &AuthorizationPolicy) -> Result<Option<i32>, String> {
     }
 }
 
-fn rules(policy: &AuthorizationPolicy) -> Result<Vec<proto::Rule>, String> {
+/// The rules, and what had to be left out of them.
+fn rules(policy: &AuthorizationPolicy) -> Result<(Vec<proto::Rule>, Vec<String>), String> {
     let allow = action(policy)? == Some(ALLOW);
-    let mut rules = Vec::new();
+    let (mut rules, mut said) = (Vec::new(), Vec::new());
     for (number, rule) in policy.spec.rules.iter().enumerate() {
-        let (translated, seven) = translate(
-            rule,
-            &policy.metadata.namespace,
-            &format!("spec.rules[{number}]"),
-        )?;
-        if !(allow && seven) {
-            rules.push(translated);
+        let path = format!("spec.rules[{number}]");
+        let translated = translate(rule, &policy.metadata.namespace, &path)?;
+        if !translated.needs_seven {
+            rules.push(translated.rule);
+        } else if allow {
+            said.push(format!(
+                "{path}: needs an L7 proxy, so it allows nothing here"
+            ));
+        } else {
+            let rule = without_seven(translated.rule);
+            said.push(if can_hold(&rule) {
+                format!("{path}: denies without regard to what only an L7 proxy can see")
+            } else {
+                format!("{path}: only an L7 proxy could enforce it, so it denies nothing here")
+            });
+            rules.push(rule);
         }
     }
-    Ok(rules)
+    Ok((rules, said))
 }
 
-/// A rule, and whether it needs an L7 proxy.
-fn translate(
-    rule: &AuthorizationRule,
-    namespace: &str,
-    path: &str,
-) -> Result<(proto::Rule, bool), String> {
+/// What is left of a DENY rule without its L7 conditions, which may deny more but not less.
+///
+/// A clause that an L7 condition was all of no longer restricts the others; where no other is left it stays, as one
+/// that never holds, because a rule without clauses would deny everything.
+fn without_seven(mut rule: proto::Rule) -> proto::Rule {
+    let nothing = proto::Match::default();
+    let restricts = |clause: &proto::Clause| !clause.matches.contains(&nothing);
+    if rule.clauses.iter().any(restricts) {
+        rule.clauses.retain(restricts);
+    }
+    rule
+}
+
+/// Whether a rule can hold for any flow at all.
+fn can_hold(rule: &proto::Rule) -> bool {
+    let nothing = proto::Match::default();
+    let clause = |clause: &proto::Clause| clause.matches.iter().any(|part| *part != nothing);
+    rule.clauses.iter().all(clause)
+}
+
+struct Translated {
+    rule: proto::Rule,
+    /// Whether it has conditions that only an L7 proxy can check; what they leave nothing of is an empty match.
+    needs_seven: bool,
+}
+
+fn translate(rule: &AuthorizationRule, namespace: &str, path: &str) -> Result<Translated, String> {
     let mut clauses = Vec::new();
-    let mut seven = false;
-    if !rule.to.is_empty() {
+    let mut needs_seven = false;
+    if let Some(parts) = &rule.to {
+        let path = format!("{path}.to");
         let mut matches = Vec::new();
-        for (number, to) in rule.to.iter().enumerate() {
-            matches.push(operation(
-                &to.operation,
-                &format!("{path}.to[{number}].operation"),
-            )?);
-            seven |= needs_seven(&to.operation);
+        for (number, to) in some(parts, &path)?.iter().enumerate() {
+            let path = format!("{path}[{number}].operation");
+            let part = operation(&to.operation, &path)?;
+            let seven = sees_requests(&to.operation);
+            says_something(&part, seven, &path)?;
+            needs_seven |= seven;
+            matches.push(part);
         }
         clauses.push(proto::Clause { matches });
     }
-    if !rule.from.is_empty() {
+    if let Some(parts) = &rule.from {
+        let path = format!("{path}.from");
         let mut matches = Vec::new();
-        for (number, from) in rule.from.iter().enumerate() {
-            matches.push(source(
-                &from.source,
-                namespace,
-                &format!("{path}.from[{number}].source"),
-            )?);
-            let source = &from.source;
-            let lists = [
-                &source.remote_ip_blocks,
-                &source.not_remote_ip_blocks,
-                &source.request_principals,
-                &source.not_request_principals,
-            ];
-            seven |= lists.iter().any(|list| !list.is_empty());
+        for (number, from) in some(parts, &path)?.iter().enumerate() {
+            let path = format!("{path}[{number}].source");
+            let part = source(&from.source, namespace, &path)?;
+            let seven = sees_requesters(&from.source);
+            says_something(&part, seven, &path)?;
+            needs_seven |= seven;
+            matches.push(part);
         }
         clauses.push(proto::Clause { matches });
     }
-    for (number, when) in rule.when.iter().enumerate() {
-        let (part, known) = condition(when, &format!("{path}.when[{number}]"))?;
-        seven |= !known;
-        clauses.push(proto::Clause {
-            matches: vec![part],
-        });
+    if let Some(parts) = &rule.when {
+        let path = format!("{path}.when");
+        for (number, when) in some(parts, &path)?.iter().enumerate() {
+            let path = format!("{path}[{number}]");
+            let (part, known) = condition(when, &path)?;
+            says_something(&part, !known, &path)?;
+            needs_seven |= !known;
+            clauses.push(proto::Clause {
+                matches: vec![part],
+            });
+        }
     }
-    Ok((proto::Rule { clauses }, seven))
+    Ok(Translated {
+        rule: proto::Rule { clauses },
+        needs_seven,
+    })
 }
 
-fn needs_seven(operation: &Operation) -> bool {
+/// A list that is there must not be empty: nobody could tell whether it means all or nothing.
+fn some<'a, T>(list: &'a [T], path: &str) -> Result<&'a [T], String> {
+    if list.is_empty() {
+        return Err(format!("{path}: is empty"));
+    }
+    Ok(list)
+}
+
+fn says_something(part: &proto::Match, needs_seven: bool, path: &str) -> Result<(), String> {
+    if *part == proto::Match::default() && !needs_seven {
+        return Err(format!("{path}: names nothing"));
+    }
+    Ok(())
+}
+
+fn sees_requesters(source: &Source) -> bool {
+    let lists = [
+        &source.remote_ip_blocks,
+        &source.not_remote_ip_blocks,
+        &source.request_principals,
+        &source.not_request_principals,
+    ];
+    lists.iter().any(|list| !list.is_empty())
+}
+
+fn sees_requests(operation: &Operation) -> bool {
     let lists = [
         &operation.hosts,
         &operation.not_hosts,
@@ -161,15 +251,20 @@ fn operation(operation: &Operation, path: &str) -> Result<proto::Match, String> 
 }
 
 fn source(source: &Source, namespace: &str, path: &str) -> Result<proto::Match, String> {
+    let at = |field: &str| format!("{path}.{field}");
     Ok(proto::Match {
-        principals: texts(&source.principals),
-        not_principals: texts(&source.not_principals),
-        namespaces: texts(&source.namespaces),
-        not_namespaces: texts(&source.not_namespaces),
-        service_accounts: accounts(&source.service_accounts, namespace),
-        not_service_accounts: accounts(&source.not_service_accounts, namespace),
-        source_ips: ranges(&source.ip_blocks, &format!("{path}.ipBlocks"))?,
-        not_source_ips: ranges(&source.not_ip_blocks, &format!("{path}.notIpBlocks"))?,
+        principals: texts(&source.principals, &at("principals"))?,
+        not_principals: texts(&source.not_principals, &at("notPrincipals"))?,
+        namespaces: texts(&source.namespaces, &at("namespaces"))?,
+        not_namespaces: texts(&source.not_namespaces, &at("notNamespaces"))?,
+        service_accounts: accounts(&source.service_accounts, namespace, &at("serviceAccounts"))?,
+        not_service_accounts: accounts(
+            &source.not_service_accounts,
+            namespace,
+            &at("notServiceAccounts"),
+        )?,
+        source_ips: ranges(&source.ip_blocks, &at("ipBlocks"))?,
+        not_source_ips: ranges(&source.not_ip_blocks, &at("notIpBlocks"))?,
         ..Default::default()
     })
 }
@@ -185,10 +280,12 @@ fn condition(when: &When, path: &str) -> Result<(proto::Match, bool), String> {
             part.not_source_ips = ranges(not_values, &in_not_values)?;
         }
         "source.namespace" => {
-            (part.namespaces, part.not_namespaces) = (texts(values), texts(not_values))
+            part.namespaces = texts(values, &in_values)?;
+            part.not_namespaces = texts(not_values, &in_not_values)?;
         }
         "source.principal" => {
-            (part.principals, part.not_principals) = (texts(values), texts(not_values))
+            part.principals = texts(values, &in_values)?;
+            part.not_principals = texts(not_values, &in_not_values)?;
         }
         "destination.ip" => {
             part.destination_ips = ranges(values, &in_values)?;
@@ -204,34 +301,51 @@ fn condition(when: &When, path: &str) -> Result<(proto::Match, bool), String> {
     Ok((part, true))
 }
 
-fn texts(values: &[String]) -> Vec<proto::StringMatch> {
+fn texts(values: &[String], path: &str) -> Result<Vec<proto::StringMatch>, String> {
     use proto::string_match::MatchType;
-    let one = |value: &String| {
+    let one = |(number, value): (usize, &String)| {
         let kind = if value == "*" {
             MatchType::Presence(())
         } else if let Some(suffix) = value.strip_prefix('*') {
             MatchType::Suffix(suffix.to_string())
         } else if let Some(prefix) = value.strip_suffix('*') {
             MatchType::Prefix(prefix.to_string())
+        } else if value.is_empty() {
+            // It would be what a client without an identity has for a namespace.
+            return Err(format!("{path}[{number}]: is empty"));
         } else {
             MatchType::Exact(value.clone())
         };
-        proto::StringMatch {
+        Ok(proto::StringMatch {
             match_type: Some(kind),
-        }
+        })
     };
-    values.iter().map(one).collect()
+    values.iter().enumerate().map(one).collect()
 }
 
-fn accounts(values: &[String], namespace: &str) -> Vec<proto::ServiceAccountMatch> {
-    let one = |value: &String| {
+fn accounts(
+    values: &[String],
+    namespace: &str,
+    path: &str,
+) -> Result<Vec<proto::ServiceAccountMatch>, String> {
+    let one = |(number, value): (usize, &String)| {
         let (namespace, account) = value.split_once('/').unwrap_or((namespace, value));
-        proto::ServiceAccountMatch {
+        if namespace.is_empty() || account.is_empty() || account.contains('/') {
+            return Err(format!(
+                "{path}[{number}]: {value:?} is not a service account, as NAME or NAMESPACE/NAME"
+            ));
+        }
+        if value.contains('*') {
+            return Err(format!(
+                "{path}[{number}]: {value:?}: service accounts have no wildcards, principals do"
+            ));
+        }
+        Ok(proto::ServiceAccountMatch {
             namespace: namespace.to_string(),
             service_account: account.to_string(),
-        }
+        })
     };
-    values.iter().map(one).collect()
+    values.iter().enumerate().map(one).collect()
 }
 
 fn ranges(values: &[String], path: &str) -> Result<Vec<proto::Address>, String> {
@@ -260,155 +374,5 @@ fn ports(values: &[String], path: &str) -> Result<Vec<u32>, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests_support::read;
-    use super::*;
-
-    fn policy(namespace: &str, spec: &str) -> AuthorizationPolicy {
-        let objects = read(&format!(
-            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {spec}\n"
-        ));
-        objects.policies.into_values().next().unwrap()
-    }
-
-    fn translated(spec: &str) -> Option<proto::Authorization> {
-        authorization(&policy("a", spec), "istio-system")
-    }
-
-    /// Each rule as its clauses of matches, in short.
-    fn told(spec: &str) -> Vec<Vec<Vec<String>>> {
-        let one = |part: &proto::Match| {
-            let principals: Vec<_> = part
-                .principals
-                .iter()
-                .map(|text| format!("{:?}", text.match_type.as_ref().unwrap()))
-                .collect();
-            let accounts: Vec<_> = part
-                .service_accounts
-                .iter()
-                .map(|known| format!("{}/{}", known.namespace, known.service_account))
-                .collect();
-            let ips: Vec<_> = part
-                .source_ips
-                .iter()
-                .map(|known| format!("{:?}/{}", known.address, known.length))
-                .collect();
-            format!(
-                "{}{}{}{}",
-                principals.join(","),
-                accounts.join(","),
-                ips.join(","),
-                if part.destination_ports.is_empty() {
-                    String::new()
-                } else {
-                    format!("{:?}", part.destination_ports)
-                }
-            )
-        };
-        let record = translated(spec).unwrap();
-        record
-            .rules
-            .iter()
-            .map(|rule| {
-                rule.clauses
-                    .iter()
-                    .map(|clause| clause.matches.iter().map(one).collect())
-                    .collect()
-            })
-            .collect()
-    }
-
-    #[test]
-    fn the_scope_follows_from_selector_and_namespace() {
-        let scope = |namespace, spec| {
-            authorization(&policy(namespace, spec), "istio-system")
-                .unwrap()
-                .scope
-        };
-        assert_eq!(scope("istio-system", "{}"), GLOBAL);
-        assert_eq!(scope("a", "{}"), NAMESPACE);
-        assert_eq!(scope("a", "{selector: {matchLabels: {app: x}}}"), SELECTOR);
-    }
-
-    #[test]
-    fn what_is_for_others_is_not_sent() {
-        assert!(translated("{action: AUDIT}").is_none());
-        assert!(translated("{action: CUSTOM}").is_none());
-        assert!(translated("{targetRef: {kind: Service, name: x}}").is_none());
-        assert!(translated("{targetRefs: [{kind: Service, name: x}]}").is_none());
-        let mut dry = policy("a", "{}");
-        dry.metadata
-            .annotations
-            .insert("istio.io/dry-run".to_string(), "true".to_string());
-        assert!(authorization(&dry, "istio-system").is_none());
-    }
-
-    #[test]
-    fn rules_clauses_and_matches_keep_their_structure() {
-        assert!(told("{}").is_empty());
-        assert_eq!(told("{rules: [{}]}"), [Vec::<Vec<String>>::new()]);
-        assert_eq!(
-            told("{rules: [{from: [{source: {principals: [td/ns/x/sa/y, 'a*', '*b', '*']}}]}]}"),
-            [[["Exact(\"td/ns/x/sa/y\"),Prefix(\"a\"),Suffix(\"b\"),Presence(())"]]]
-        );
-        assert_eq!(
-            told(
-                "{rules: [{from: [{source: {serviceAccounts: [x, b/y]}}, {source: {ipBlocks: [10.0.0.0/8, 1.2.3.4]}}], to: [{operation: {ports: ['80']}}]}]}"
-            ),
-            [vec![
-                vec!["[80]".to_string()],
-                vec![
-                    "a/x,b/y".to_string(),
-                    "[10, 0, 0, 0]/8,[1, 2, 3, 4]/32".to_string()
-                ]
-            ]]
-        );
-        assert_eq!(
-            told(
-                "{rules: [{when: [{key: destination.port, values: ['81']}, {key: source.principal, values: ['*']}]}]}"
-            ),
-            [[["[81]"], ["Presence(())"]]]
-        );
-    }
-
-    #[test]
-    fn what_needs_an_l7_proxy_opens_nothing() {
-        let seven = "{from: [{source: {principals: ['*']}}], to: [{operation: {ports: ['80'], methods: [GET]}}]}";
-        let only_seven = "{to: [{operation: {methods: [GET]}}]}";
-        let key = "{when: [{key: 'request.headers[x]', values: [y]}]}";
-        for rule in [seven, only_seven, key] {
-            assert!(told(&format!("{{rules: [{rule}]}}")).is_empty(), "{rule}");
-        }
-        assert_eq!(
-            told(&format!("{{action: DENY, rules: [{seven}]}}")),
-            [[["[80]"], ["Presence(())"]]]
-        );
-        // An empty match never holds.
-        assert_eq!(
-            told(&format!("{{action: DENY, rules: [{only_seven}]}}")),
-            [[[""]]]
-        );
-        assert_eq!(told(&format!("{{action: DENY, rules: [{key}]}}")), [[[""]]]);
-    }
-
-    #[test]
-    fn values_that_cannot_be_understood_are_named() {
-        let wrong = |spec| check(&parse(spec)).unwrap_err();
-        fn parse(spec: &str) -> AuthorizationPolicy {
-            let text = format!("{{metadata: {{name: p, namespace: a}}, spec: {spec}}}");
-            serde_yaml_ng::from_str(&text).unwrap()
-        }
-        assert_eq!(
-            wrong("{action: PERMIT}"),
-            "spec.action: \"PERMIT\" is not ALLOW, DENY, AUDIT or CUSTOM"
-        );
-        assert_eq!(
-            wrong("{rules: [{}, {from: [{source: {ipBlocks: [10.0.0.0/8, x]}}]}]}"),
-            "spec.rules[1].from[0].source.ipBlocks[1]: \"x\" is not an address or a range"
-        );
-        assert_eq!(
-            wrong("{rules: [{when: [{key: destination.port, notValues: ['70000']}]}]}"),
-            "spec.rules[0].when[0].notValues[0]: \"70000\" is not a port number"
-        );
-    }
-}
+#[path = "policies_tests.rs"]
+mod tests;
