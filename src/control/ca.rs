@@ -10,7 +10,8 @@ use anyhow::Context;
 use hbone::Identity;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
+    SanType,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
@@ -40,14 +41,21 @@ impl Authority {
         let (certificate, key) = (folder.join(ROOT), folder.join(ROOT_KEY));
         if !key.exists() {
             make_root(&certificate, &key)?;
+            tracing::info!("made a new root certificate, {}", certificate.display());
         }
         let root = std::fs::read_to_string(&certificate)
             .with_context(|| format!("cannot read {}", certificate.display()))?;
         let key = std::fs::read_to_string(&key)
             .with_context(|| format!("cannot read {}", key.display()))?;
         let key = KeyPair::from_pem(&key).context("the root key cannot be used")?;
+        let public = key.subject_public_key_info();
         let issuer =
             Issuer::from_ca_cert_pem(&root, key).context("the root certificate cannot be used")?;
+        anyhow::ensure!(
+            holds_key(&root, &public),
+            "{} is not the certificate of {ROOT_KEY}; remove both for a new root",
+            certificate.display()
+        );
         Ok(Self {
             issuer,
             root,
@@ -122,6 +130,15 @@ impl Authority {
     }
 }
 
+/// Whether a certificate in PEM is of that public key.
+fn holds_key(certificate: &str, public: &[u8]) -> bool {
+    let Ok((_, pem)) = x509_parser::pem::parse_x509_pem(certificate.as_bytes()) else {
+        return false;
+    };
+    pem.parse_x509()
+        .is_ok_and(|certificate| certificate.public_key().raw == public)
+}
+
 fn params(lifetime: Duration) -> CertificateParams {
     let now = SystemTime::now();
     let mut params = CertificateParams::default();
@@ -153,7 +170,8 @@ fn make_root(certificate: &Path, key_path: &Path) -> anyhow::Result<()> {
 
 /// Writes a file that only its owner may read, whole or not at all.
 pub fn secret(path: &Path, text: &str) -> std::io::Result<()> {
-    let scratch = path.with_extension("new");
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let scratch = path.with_file_name(format!(".{name}.new"));
     let mut file = std::fs::OpenOptions::new()
         .write(true)
         .create(true)

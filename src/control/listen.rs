@@ -24,6 +24,8 @@ use crate::proto::discovery::aggregated_discovery_service_server::AggregatedDisc
 
 /// How long a client may take for its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a request may be; a proxy that comes back names everything it holds.
+const LARGEST_REQUEST: usize = 64 << 20;
 
 /// An accepted TLS connection.
 struct Accepted(TlsStream<TcpStream>);
@@ -101,11 +103,11 @@ pub async fn serve(
     let listener = TcpListener::from_std(listener)?;
     let (accepted, incoming) = mpsc::channel(16);
     let accepting = tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(tls)), accepted));
+    let discovery = AggregatedDiscoveryServiceServer::new(Discovery(plane.clone()))
+        .max_decoding_message_size(LARGEST_REQUEST);
     let served = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .add_service(AggregatedDiscoveryServiceServer::new(Discovery(
-            plane.clone(),
-        )))
+        .add_service(discovery)
         .add_service(IstioCertificateServiceServer::new(Certificates(plane)))
         .serve_with_incoming(ReceiverStream::new(incoming));
     let result = tokio::select! {

@@ -22,42 +22,45 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::telemetry::log;
 
+/// The longest life of a certificate that can be asked for, in seconds: ten years.
+const LONGEST_LIFE: u64 = 10 * 365 * 86_400;
+
 /// Arguments of `warren control`.
 #[derive(Args, Clone, Debug)]
 pub struct ControlArgs {
     /// The folder of Kubernetes manifests (*.yaml, *.yml, *.json, with sub-folders); changes are seen at once
     #[arg(long, value_name = "DIR")]
-    manifests: PathBuf,
+    pub manifests: PathBuf,
     /// Where to serve discovery and certificates
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:15012")]
-    listen: SocketAddr,
+    pub listen: SocketAddr,
     /// Where the root certificate, its key and the nodes' tokens are kept
     #[arg(long, value_name = "DIR")]
-    state_dir: PathBuf,
+    pub state_dir: PathBuf,
     /// The trust domain of all identities
     #[arg(long, default_value = "cluster.local")]
-    trust_domain: String,
+    pub trust_domain: String,
     /// The DNS domain of services
     #[arg(long, default_value = "cluster.local")]
-    cluster_domain: String,
+    pub cluster_domain: String,
     /// The name of the cluster
     #[arg(long, default_value = "Kubernetes")]
-    cluster_id: String,
+    pub cluster_id: String,
     /// The name of the network that pods are on
     #[arg(long, default_value = "")]
-    network: String,
+    pub network: String,
     /// The namespace whose policies are for the whole mesh
     #[arg(long, default_value = "istio-system")]
-    root_namespace: String,
-    /// The longest life of a workload's certificate, in hours
-    #[arg(long, value_name = "HOURS", default_value_t = 24)]
-    certificate_hours: u64,
+    pub root_namespace: String,
+    /// The longest life of a workload's certificate, such as 24h or 90s
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
+    pub workload_cert_ttl: Duration,
     /// A further name or address that proxies call this control plane by
     #[arg(long, value_name = "NAME")]
-    san: Vec<String>,
-    /// A node to make a token for, besides the Node objects of the manifests
+    pub san: Vec<String>,
+    /// A node to make a token for, besides those that the manifests name
     #[arg(long, value_name = "NAME")]
-    node: Vec<String>,
+    pub node: Vec<String>,
 }
 
 /// Runs the control plane until it is told to stop.
@@ -77,17 +80,36 @@ pub fn main(arguments: ControlArgs) -> anyhow::Result<ExitCode> {
                 _ = tokio::signal::ctrl_c() => {}
             }
         };
-        serve(arguments, shutdown).await
+        serve(&arguments, shutdown).await
     });
     log::flush();
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(arguments: ControlArgs, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+/// A number with a unit: `90s`, `15m`, `24h` or `7d`.
+fn lifetime(text: &str) -> Result<Duration, String> {
+    let units = [("s", 1), ("m", 60), ("h", 3600), ("d", 86_400)];
+    let seconds = units.iter().find_map(|(unit, seconds)| {
+        let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+        number.checked_mul(*seconds)
+    });
+    match seconds {
+        Some(seconds @ 1..=LONGEST_LIFE) => Ok(Duration::from_secs(seconds)),
+        _ => Err("expected a time such as 90s, 15m, 24h or 7d".to_string()),
+    }
+}
+
+/// Serves until `shutdown` is over; the runtime must be a tokio one.
+///
+/// # Errors
+/// Why it cannot start.
+pub async fn serve(
+    arguments: &ControlArgs,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let state = &arguments.state_dir;
     std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
-    let life = Duration::from_secs(arguments.certificate_hours.max(1).saturating_mul(3600));
-    let authority = ca::Authority::open(state, life)?;
+    let authority = ca::Authority::open(state, arguments.workload_cert_ttl)?;
     let mut tokens = tokens::Tokens::open(state.join("tokens"))?;
     for node in &arguments.node {
         tokens.ensure(node)?;
@@ -115,14 +137,16 @@ async fn serve(arguments: ControlArgs, shutdown: impl Future<Output = ()>) -> an
     tracing::info!(
         "serving {} on {}, trust domain {}; proxies trust {}",
         arguments.manifests.display(),
-        arguments.listen,
+        listener.local_addr()?,
         plane.trust_domain,
         state.join("root-cert.pem").display()
     );
-    tokio::select! {
+    let result = tokio::select! {
         served = listen::serve(listener, tls, plane, shutdown) => served,
         () = feed.run() => Ok(()),
-    }
+    };
+    tracing::info!("stopped");
+    result
 }
 
 #[cfg(test)]

@@ -109,11 +109,6 @@ impl Snapshot {
             })
             .sum()
     }
-
-    /// How many workloads and services there are, and how many policies.
-    pub fn counts(&self) -> (usize, usize) {
-        (self.types[0].len(), self.types[1].len())
-    }
 }
 
 /// What both services share.

@@ -60,13 +60,13 @@ impl Running {
             cluster_id: "Kubernetes".into(),
             network: String::new(),
             root_namespace: "istio-system".into(),
-            certificate_hours: 1,
+            workload_cert_ttl: Duration::from_secs(3600),
             san: Vec::new(),
             node: vec!["n1".into(), "n2".into()],
         };
         let (stop, stopped) = oneshot::channel();
         tokio::spawn(async move {
-            serve(arguments, async { drop(stopped.await) })
+            serve(&arguments, async { drop(stopped.await) })
                 .await
                 .unwrap()
         });
@@ -298,4 +298,22 @@ async fn a_type_without_resources_is_answered_too() {
         refused.responses.message().await.unwrap_err().code(),
         tonic::Code::InvalidArgument
     );
+}
+
+#[test]
+fn lifetimes_are_numbers_with_units() {
+    assert_eq!(lifetime("90s"), Ok(Duration::from_secs(90)));
+    assert_eq!(lifetime("24h"), Ok(Duration::from_secs(86_400)));
+    for wrong in [
+        "0s",
+        "24",
+        "h",
+        "-1h",
+        "1.5h",
+        "99999999999999999999d",
+        "3651d",
+        "",
+    ] {
+        assert!(lifetime(wrong).is_err(), "{wrong}");
+    }
 }

@@ -37,7 +37,7 @@ impl Tokens {
             };
             if let Ok(token) = std::fs::read_to_string(entry.path())
                 && token.trim().len() >= BYTES
-                && !node.ends_with(".new")
+                && !node.starts_with('.')
             {
                 tokens.nodes.insert(token.trim().to_string(), node);
             }

@@ -122,11 +122,16 @@ impl Feed {
         if changes == 0 && self.snapshots.borrow().same_places(&next) {
             return;
         }
-        let (addresses, policies) = next.counts();
         // The feed's own receiver is not a proxy.
         let proxies = self.snapshots.receiver_count().saturating_sub(1);
+        let workloads = resources.workloads();
         tracing::info!(
-            "{addresses} workloads and services, {policies} policies; pushing {changes} changes to {proxies} proxies"
+            "{}, {}, {}; pushing {} to {}",
+            count(workloads, "workload", "workloads"),
+            count(resources.addresses.len() - workloads, "service", "services"),
+            count(resources.authorizations.len(), "policy", "policies"),
+            count(changes, "change", "changes"),
+            count(proxies, "proxy", "proxies"),
         );
         self.snapshots.send_replace(Arc::new(next));
     }
@@ -206,6 +211,10 @@ fn nodes(objects: &Objects) -> BTreeSet<&String> {
     let of_pods = objects.pods.values().map(|pod| &pod.spec.node_name);
     let known = objects.nodes.keys().chain(of_pods);
     known.filter(|node| !node.is_empty()).collect()
+}
+
+fn count(number: usize, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
 }
 
 fn place(folder: &Path) -> std::io::Result<(u64, u64)> {

@@ -28,6 +28,16 @@ pub struct Resources {
     pub authorizations: BTreeMap<String, security::Authorization>,
 }
 
+impl Resources {
+    /// How many of the addresses are workloads.
+    pub fn workloads(&self) -> usize {
+        let of_workloads = |address: &&workload::Address| {
+            matches!(address.r#type, Some(workload::address::Type::Workload(_)))
+        };
+        self.addresses.values().filter(of_workloads).count()
+    }
+}
+
 /// Translates all objects.
 pub fn all(objects: &Objects, settings: &Settings) -> Resources {
     let mut resources = Resources::default();
