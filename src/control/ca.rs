@@ -182,3 +182,7 @@ pub fn secret(path: &Path, text: &str) -> std::io::Result<()> {
     file.sync_all()?;
     std::fs::rename(scratch, path)
 }
+
+#[cfg(test)]
+#[path = "ca_tests.rs"]
+mod tests;

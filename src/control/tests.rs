@@ -300,6 +300,133 @@ async fn a_type_without_resources_is_answered_too() {
     );
 }
 
+#[tokio::test]
+async fn a_folder_in_the_place_of_another_is_followed() {
+    let running = Running::start("replaced").await;
+    let mut stream = running.subscribe(addresses()).await;
+    stream.next().await;
+    let manifests = running.folder.join("manifests");
+    let next = running.folder.join("next");
+    std::fs::create_dir_all(&next).unwrap();
+    std::fs::write(next.join("one.yaml"), pod("one", "n1")).unwrap();
+    std::fs::rename(&manifests, running.folder.join("before")).unwrap();
+    std::fs::rename(&next, &manifests).unwrap();
+    let (came, gone) = stream.next().await;
+    assert_eq!(
+        (names(&came), gone),
+        (vec![], vec!["Kubernetes//Pod/a/two".to_string()])
+    );
+    // The new folder is watched, too.
+    running.write("three.yaml", &pod("three", "n1"));
+    assert_eq!(names(&stream.next().await.0), ["Kubernetes//Pod/a/three"]);
+}
+
+#[tokio::test]
+async fn a_refused_resource_is_not_sent_again_and_the_next_change_is() {
+    let running = Running::start("refused").await;
+    let mut stream = running.subscribe(addresses()).await;
+    let first = stream.responses.message().await.unwrap().unwrap();
+    let refusal = DeltaDiscoveryRequest {
+        type_url: first.type_url,
+        response_nonce: first.nonce,
+        error_detail: Some(crate::proto::discovery::Status {
+            message: "Kubernetes//Pod/a/one: no".to_string(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    stream.requests.send(refusal).await.unwrap();
+    running.write("three.yaml", &pod("three", "n1"));
+    assert_eq!(names(&stream.next().await.0), ["Kubernetes//Pod/a/three"]);
+}
+
+#[tokio::test]
+async fn a_new_policy_comes_before_the_workload_that_names_it() {
+    let running = Running::start("order").await;
+    let mut stream = running.subscribe(addresses()).await;
+    stream.next().await;
+    let policies = DeltaDiscoveryRequest {
+        type_url: AUTHORIZATION_TYPE.to_string(),
+        ..Default::default()
+    };
+    stream.requests.send(policies).await.unwrap();
+    assert_eq!(stream.next().await, (vec![], vec![]));
+    running.write(
+        "policy.yaml",
+        "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: p, namespace: a}
+spec: {selector: {matchLabels: {}}}
+",
+    );
+    assert_eq!(names(&stream.next().await.0), ["a/p"]);
+    let (came, _) = stream.next().await;
+    assert_eq!(
+        names(&came),
+        ["Kubernetes//Pod/a/one", "Kubernetes//Pod/a/two"]
+    );
+    std::fs::remove_file(running.folder.join("manifests/policy.yaml")).unwrap();
+    assert_eq!(stream.next().await, (vec![], vec!["a/p".to_string()]));
+    assert_eq!(stream.next().await.0.len(), 2);
+}
+
+#[tokio::test]
+async fn discovery_is_for_nodes_only() {
+    let running = Running::start("auth").await;
+    let node = running.request("n1", ());
+    let with_token = node.metadata().get("authorization").unwrap().clone();
+    let without_scheme = with_token.to_str().unwrap().replace("Bearer ", "");
+    let cases = [
+        (Some("Bearer "), "the token is of no node"),
+        (Some("Bearer 0000"), "the token is of no node"),
+        (Some(&*without_scheme), "no bearer token"),
+        (None, "no bearer token"),
+    ];
+    for (header, reason) in cases {
+        let (_requests, outgoing) = mpsc::channel(1);
+        let mut request = Request::new(ReceiverStream::new(outgoing));
+        if let Some(header) = header {
+            let header = header.parse().unwrap();
+            request.metadata_mut().insert("authorization", header);
+        }
+        let mut client = AggregatedDiscoveryServiceClient::new(running.channel.clone());
+        let status = client
+            .delta_aggregated_resources(request)
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (status.code(), status.message()),
+            (
+                tonic::Code::Unauthenticated,
+                &*format!("authentication failure: {reason}")
+            )
+        );
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_pods_are_on_get_tokens_that_last() {
+    let running = Running::start("tokens").await;
+    let tokens = running.folder.join("state/tokens");
+    running.write("three.yaml", &pod("three", "n3"));
+    let mut attempts = 0;
+    while !tokens.join("n3").exists() {
+        attempts += 1;
+        assert!(attempts < 500);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let known = tokens::Tokens::open(tokens.clone()).unwrap();
+    for node in ["n1", "n2", "n3"] {
+        let token = std::fs::read_to_string(tokens.join(node)).unwrap();
+        assert_eq!(known.node(&token), Some(node));
+        let mode = std::fs::metadata(tokens.join(node)).unwrap().permissions();
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o077, 0);
+    }
+    assert_eq!(known.node(""), None);
+    let mut known = known;
+    assert!(known.ensure("../n1").is_err() && known.ensure("").is_err());
+}
+
 #[test]
 fn lifetimes_are_numbers_with_units() {
     assert_eq!(lifetime("90s"), Ok(Duration::from_secs(90)));

@@ -256,4 +256,100 @@ mod tests {
         assert_eq!(clauses[0].matches[0].not_principals.len(), 1);
         assert!(authorizations(&read(POD), "istio-system").is_empty());
     }
+
+    /// The rules of the policy that follows from a PeerAuthentication of its own, in short.
+    fn derived(peers: &[String]) -> Option<Vec<Vec<String>>> {
+        let objects = read(&peers.concat());
+        let all = authorizations(&objects, "istio-system");
+        let mine = all.into_iter().find(|record| record.name != STATIC)?;
+        assert_eq!(
+            (&*mine.namespace, &*mine.name, mine.scope, mine.action),
+            ("a", "converted_peer_authentication_x", SELECTOR, DENY)
+        );
+        let told = |clause: &proto::Clause| {
+            let [part] = &clause.matches[..] else {
+                panic!("{clause:?}");
+            };
+            let nobody = if part.not_principals.is_empty() {
+                ""
+            } else {
+                "nobody"
+            };
+            let (on, but) = (&part.destination_ports, &part.not_destination_ports);
+            format!("{nobody} on {on:?} but {but:?}")
+        };
+        let rules = mine.rules.iter();
+        Some(
+            rules
+                .map(|rule| rule.clauses.iter().map(told).collect())
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn one_policy_says_all_that_differs_by_port() {
+        let own = |mtls: &str, ports: &str| {
+            peer(
+                "a",
+                "x",
+                &format!("{{{MINE}, {mtls} portLevelMtls: {{{ports}}}}}"),
+            )
+        };
+        let of = |mode: &str| format!("mtls: {{mode: {mode}}},");
+        let mesh = || peer("istio-system", "default", "{mtls: {mode: STRICT}}");
+        let two = "80: {mode: PERMISSIVE}, 81: {mode: DISABLE}, 82: {mode: STRICT}";
+        let strict_but = vec![vec![
+            "nobody on [] but []".to_string(),
+            " on [] but [80]".to_string(),
+            " on [] but [81]".to_string(),
+        ]];
+        let only_82 = vec![vec!["nobody on [82] but []".to_string()]];
+        assert_eq!(
+            derived(&[own(&of("STRICT"), two)]),
+            Some(strict_but.clone())
+        );
+        assert_eq!(
+            derived(&[own(&of("PERMISSIVE"), two)]),
+            Some(only_82.clone())
+        );
+        assert_eq!(derived(&[own("", two)]), Some(only_82));
+        // What is unset comes from the mesh, and exemptions from that count whichever they are.
+        assert_eq!(derived(&[mesh(), own("", two)]), Some(strict_but.clone()));
+        assert_eq!(derived(&[mesh(), own(&of("UNSET"), two)]), Some(strict_but));
+        let disabled = derived(&[mesh(), own("", "80: {mode: DISABLE}")]).unwrap();
+        assert_eq!(disabled[0][1], " on [] but [80]");
+        // Ports that are as the rest need nothing.
+        assert_eq!(derived(&[mesh(), own("", "80: {mode: STRICT}")]), None);
+        assert_eq!(derived(&[mesh(), own("", "80: {mode: UNSET}")]), None);
+        assert_eq!(
+            derived(&[own(&of("DISABLE"), "80: {mode: PERMISSIVE}")]),
+            None
+        );
+    }
+
+    #[test]
+    fn the_oldest_of_a_level_counts_and_the_mesh_has_no_selectors() {
+        let aged = |name: &str, year: &str, mode: &str| {
+            peer("a", name, &format!("{{mtls: {{mode: {mode}}}}}")).replace(
+                "namespace: a}",
+                &format!("namespace: a, creationTimestamp: '{year}-01-01T00:00:00Z'}}"),
+            )
+        };
+        let strict = Some("istio-system/istio_converted_static_strict".to_string());
+        let (older, newer) = ("2024", "2025");
+        assert_eq!(
+            of_pod(&[aged("b", older, "STRICT"), aged("a", newer, "DISABLE")]),
+            strict
+        );
+        assert_eq!(
+            of_pod(&[aged("b", newer, "STRICT"), aged("a", older, "DISABLE")]),
+            None
+        );
+        let of_root = peer(
+            "istio-system",
+            "x",
+            &format!("{{{MINE}, mtls: {{mode: STRICT}}}}"),
+        );
+        assert_eq!(of_pod(&[of_root]), None);
+    }
 }
