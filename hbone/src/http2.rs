@@ -50,8 +50,8 @@ const CLIENT_HEADER_LIST: u32 = 16 << 10;
 const SERVER_HEADER_LIST: u32 = 64 << 10;
 /// SETTINGS_MAX_CONCURRENT_STREAMS of the server.
 const SERVER_STREAMS: u32 = 200;
-/// How much a server's stream may hold back for the client, in bytes.
-const SERVER_SEND_BUFFER: usize = 400 << 10;
+/// How much a stream may hold back for its peer, in bytes: enough to keep the tunnel busy, little enough to stay in the cache.
+const SEND_BUFFER: usize = 400 << 10;
 /// Streams reset before they were accepted that a peer may pile up (RFC 9113 §10.5, rapid reset).
 const PENDING_ACCEPT_RESETS: usize = 20;
 /// Streams that we reset because of a peer's errors before the tunnel is given up.
@@ -67,7 +67,7 @@ impl Http2Config {
             .max_header_list_size(CLIENT_HEADER_LIST)
             .enable_push(false)
             .initial_max_send_streams(usize::from(self.max_streams_per_connection))
-            .max_send_buffer_size(self.stream_window as usize)
+            .max_send_buffer_size(SEND_BUFFER)
             .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS)
             .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS))
             .data_frame_budget(self.connection_window as usize);
@@ -82,7 +82,7 @@ impl Http2Config {
             .max_frame_size(self.frame_size)
             .max_header_list_size(SERVER_HEADER_LIST)
             .max_concurrent_streams(SERVER_STREAMS)
-            .max_send_buffer_size(SERVER_SEND_BUFFER)
+            .max_send_buffer_size(SEND_BUFFER)
             .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS)
             .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS))
             .data_frame_budget(self.connection_window as usize);
