@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 
 use super::http::{Reply, Request};
-use crate::telemetry::log;
+use crate::telemetry::log::{self, LevelError};
 
 const PAGES: [(&str, &str); 6] = [
     (
@@ -75,18 +75,25 @@ fn index() -> String {
 }
 
 fn logging(request: &Request) -> Reply {
-    let level = request.parameter("level").unwrap_or_default();
+    let levels = request.parameter("level").unwrap_or_default();
     let reset = request.parameter("reset").is_some();
-    if level.is_empty() && !reset {
-        return Reply::text(200, format!("current log level is {}\n", log::filter()));
+    if levels.is_empty() && !reset {
+        return current(&log::filter());
     }
-    match log::set_filter(&level, reset) {
-        Ok(filter) => Reply::text(200, format!("current log level is {filter}\n")),
-        Err(_) => Reply::text(
+    match log::set_levels(&levels, reset) {
+        Ok(filter) => current(&filter),
+        Err(LevelError::Invalid(_)) => Reply::text(
             400,
-            format!("Invalid level provided: {level}\n{LOGGING_HELP}"),
+            format!("Invalid level provided: {levels}\n{LOGGING_HELP}"),
         ),
+        Err(LevelError::Internal(error)) => {
+            Reply::text(400, format!("Failed to set new level: {error}\n"))
+        }
     }
+}
+
+fn current(filter: &impl std::fmt::Display) -> Reply {
+    Reply::text(200, format!("current log level is {filter}\n"))
 }
 
 #[cfg(test)]

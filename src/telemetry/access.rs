@@ -6,7 +6,8 @@ use std::time::SystemTime;
 
 use tracing::Level;
 
-use super::log::{self, Json};
+use super::lines::{self, Json};
+use super::log;
 use super::sink::Sink;
 use super::time::push_timestamp;
 
@@ -22,11 +23,11 @@ impl Line {
     pub fn new(json: bool, level: &Level, message: &str) -> Self {
         let mut text = String::with_capacity(640);
         if json {
-            log::start_json(&mut text, level, "access");
+            lines::start_json(&mut text, level, "access");
             let _ = write!(text, ",\"message\":{}", Json(message));
         } else {
             push_timestamp(&mut text, SystemTime::now());
-            let _ = write!(text, "\t{}\taccess\t{message}\t", log::level(level));
+            let _ = write!(text, "\t{}\taccess\t{message}\t", lines::level(level));
         }
         Self {
             text,
@@ -90,7 +91,7 @@ pub fn early_deny(src: SocketAddr, dst: SocketAddr, direction: &str, error: &str
         line.address("dst.addr", dst);
         line.text("direction", direction);
         line.text("error", error);
-        Sink::process().line(line.end());
+        Sink::process().line(&line.end());
     }
 }
 

@@ -191,7 +191,7 @@ impl Flow {
         if tracing::enabled!(target: "access", Level::DEBUG) {
             let mut line = Line::new(log::is_json(), &Level::DEBUG, "connection opened");
             self.facts.write(&mut line);
-            Sink::process().line(line.end());
+            Sink::process().line(&line.end());
         }
     }
 
@@ -242,7 +242,7 @@ impl Flow {
         };
         if enabled {
             let line = self.complete(log::is_json(), &level, self.start.elapsed(), error);
-            Sink::process().line(line);
+            Sink::process().line(&line);
         }
     }
 

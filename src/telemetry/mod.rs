@@ -1,7 +1,9 @@
 //! What Warren tells of its work: the access log, metrics, the diagnostics log.
 
 mod access;
+mod filter;
 mod flow;
+mod lines;
 pub mod log;
 pub mod metrics;
 mod sink;
