@@ -283,10 +283,10 @@ mod tests {
     /// A folder of programs that pretend to be iptables.
     ///
     /// Only one at a time: a program cannot run while a child of another test has its file open for writing.
-    struct Programs(
-        PathBuf,
-        #[allow(dead_code, reason = "held")] MutexGuard<'static, ()>,
-    );
+    struct Programs {
+        folder: PathBuf,
+        _alone: MutexGuard<'static, ()>,
+    }
 
     impl Programs {
         fn new(name: &str) -> Self {
@@ -295,7 +295,10 @@ mod tests {
             static ONE: Mutex<()> = Mutex::new(());
             let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
             fs::create_dir_all(&folder).unwrap();
-            Self(folder, one)
+            Self {
+                folder,
+                _alone: one,
+            }
         }
 
         /// One variant: what its version is called, how many lines it saves, whether it can add rules.
@@ -312,7 +315,7 @@ mod tests {
                 (format!("iptables{suffix}-save"), save.as_str()),
                 (format!("iptables{suffix}"), add),
             ] {
-                let path = self.0.join(name);
+                let path = self.folder.join(name);
                 fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
             }
@@ -320,9 +323,9 @@ mod tests {
         }
 
         fn find(&self, forced: &str) -> Result<(String, bool), String> {
-            let program = self.0.join("iptables").to_string_lossy().into_owned();
+            let program = self.folder.join("iptables").to_string_lossy().into_owned();
             let found = Iptables::find(&program, variants(forced).unwrap());
-            let prefix = format!("{}/", self.0.display());
+            let prefix = format!("{}/", self.folder.display());
             found
                 .map(|found| (found.program.replace(&prefix, ""), found.lock))
                 .map_err(|reasons| reasons.replace(&prefix, ""))
@@ -331,7 +334,7 @@ mod tests {
 
     impl Drop for Programs {
         fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
+            let _ = fs::remove_dir_all(&self.folder);
         }
     }
 

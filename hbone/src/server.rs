@@ -132,14 +132,6 @@ impl IncomingHeaders {
     pub fn forwarded_network(&self) -> Option<&str> {
         self.text("x-forwarded-network")
     }
-
-    /// The W3C trace id, if it has the right length.
-    pub fn trace_id(&self) -> Option<&str> {
-        let traceparent = self
-            .text("traceparent")
-            .filter(|value| value.len() == 55 && value.is_ascii())?;
-        Some(&traceparent[3..35])
-    }
 }
 
 /// A request that waits for its answer; dropping it resets the stream.

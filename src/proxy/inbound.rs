@@ -85,7 +85,7 @@ struct Peer {
     identity: Option<hbone::Identity>,
 }
 
-async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
+async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incoming) {
     let mut flow = Flow::new(
         Direction::Inbound,
         peer.client,
@@ -188,7 +188,11 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, incoming: Incoming) {
         }
         Ok::<_, std::io::Error>(application)
     };
-    let application = match connected.await {
+    let connected = tokio::select! {
+        connected = connected => connected,
+        () = incoming.cancelled() => Err(std::io::Error::other("the client gave up")),
+    };
+    let application = match connected {
         Ok(application) => application,
         Err(error) => {
             incoming.refuse(503);

@@ -225,6 +225,7 @@ fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::R
         inbound::serve,
     )));
     tokio::task::spawn_local(follow_policy(pod.clone()));
+    tokio::task::spawn_local(drain_pool(pod.clone()));
     let udp = listeners
         .dns_udp
         .into_iter()
@@ -314,6 +315,12 @@ where
         () = pod.drain.reached(Stage::Cut) => {}
     }
     flows.shutdown().await;
+}
+
+/// Lets go of tunnels once the pod opens no more flows; each ends with its last one.
+async fn drain_pool(pod: Rc<Pod>) {
+    pod.drain.reached(Stage::Draining).await;
+    pod.pool.drain();
 }
 
 /// Judges the pod's live flows anew whenever the mesh changes.
