@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hbone::{
-    ConnectHeaders, Dialer, Http2Config, LocalBoxFuture, Pool, PoolKey, TlsIdentity, TlsOptions,
-    accept,
+    ConnectHeaders, Dialer, Engine, Http2Config, LocalBoxFuture, Pool, PoolKey, TlsIdentity,
+    TlsOptions, accept,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
@@ -74,12 +74,14 @@ impl World {
         let target = application.local_addr().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let tunnel = listener.local_addr().unwrap();
+        let engine = Engine::start();
+        let serving = engine.clone();
         spawn_local(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let _ = socket.set_nodelay(true);
-                let config = server.server_config();
+                let (config, engine) = (server.server_config(), serving.clone());
                 spawn_local(async move {
-                    let mut tunnel = accept(socket, config, &Http2Config::default())
+                    let mut tunnel = accept(&engine, socket, config, &Http2Config::default())
                         .await
                         .unwrap();
                     while let Some(incoming) = tunnel.next().await {
@@ -96,7 +98,7 @@ impl World {
                 });
             }
         });
-        let pool = Pool::new(Rc::new(Http2Config::default()), Rc::new(Direct));
+        let pool = Pool::new(engine, Rc::new(Http2Config::default()), Rc::new(Direct));
         Self {
             application,
             tunnel,

@@ -1,28 +1,21 @@
 //! One tunnel from the calling end: dialled, proven, pinged, and shared by the flows of one key.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::LocalBoxFuture;
-use bytes::Bytes;
-use h2::client::{ResponseFuture, SendRequest};
-use h2::{Reason, SendStream};
-use http::{HeaderValue, Method, Request, StatusCode};
-use rustls::pki_types::ServerName;
+use http::StatusCode;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
+use crate::engine::{Engine, Failure, Outcome, Role, TunnelHandle, handshake};
 use crate::error::OpenError;
-use crate::http2::{self, Dead, Http2Config};
-use crate::spiffe_san::identities;
+use crate::http2::Http2Config;
 use crate::stream::Stream;
-use crate::{Identity, TlsIdentity};
+use crate::{Identity, LocalBoxFuture, TlsIdentity};
 
 /// Makes the TCP connections under tunnels, for example inside a pod's network namespace.
 pub trait Dialer {
@@ -53,32 +46,21 @@ pub struct Tunnelled {
 
 /// A live tunnel.
 pub(crate) struct Tunnel {
-    send: RefCell<Option<SendRequest<Bytes>>>,
+    handle: TunnelHandle,
     limit: usize,
-    active: Cell<usize>,
-    dead: Cell<bool>,
     used: Cell<Instant>,
     peer: Option<Identity>,
-    stop: Notify,
-}
-
-/// A place on a tunnel, given back when dropped.
-struct Place(Rc<Tunnel>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.active.set(self.0.active.get() - 1);
-    }
 }
 
 impl Tunnel {
-    /// Dials, proves both ends and starts the task that drives the tunnel.
+    /// Dials, proves both ends and hands the tunnel to the engine.
     pub async fn connect(
+        engine: &Engine,
         dialer: &dyn Dialer,
         destination: SocketAddr,
         tls: &Arc<TlsIdentity>,
         expected: &[Identity],
-        config: &Rc<Http2Config>,
+        config: &Http2Config,
     ) -> Result<Rc<Self>, OpenError> {
         let tls_config = tls
             .client_config(expected)
@@ -87,48 +69,45 @@ impl Tunnel {
             .dial(destination)
             .await
             .map_err(OpenError::from_dial)?;
-        // Nothing is sent of it: SNI is off.
-        let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-        let handshake = TlsConnector::from(tls_config).connect(name, socket);
-        let stream = within(config, "TLS handshake", handshake)
-            .await?
+        let proven = timeout(
+            config.handshake_timeout,
+            handshake::connect(&socket, tls_config),
+        );
+        let proven = proven
+            .await
+            .unwrap_or_else(|_| {
+                Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "TLS handshake timed out",
+                ))
+            })
             .map_err(OpenError::from_io)?;
-        let (_, session) = stream.get_ref();
-        if session.alpn_protocol() != Some(b"h2") {
+        if !proven.http2 {
             return Err(OpenError::Http2("peer does not speak HTTP/2".to_string()));
         }
-        let peer = session
-            .peer_certificates()
-            .and_then(|chain| identities(chain.first()?).into_iter().next());
-        let handshake = config.client().handshake::<_, Bytes>(stream);
-        let (send, connection) = within(config, "HTTP/2 handshake", handshake)
-            .await?
-            .map_err(|error| OpenError::Http2(error.to_string()))?;
-        let tunnel = Rc::new(Self {
-            send: RefCell::new(Some(send)),
+        let peer = proven.peer.clone();
+        let streams = u32::from(config.max_streams_per_connection);
+        let handle = engine.add(socket, proven, Role::Client, config.client(), streams);
+        let watch = handle
+            .clone()
+            .watch(config.ping_interval, config.ping_timeout);
+        tokio::task::spawn_local(watch);
+        Ok(Rc::new(Self {
+            handle,
             limit: usize::from(config.max_streams_per_connection),
-            active: Cell::new(0),
-            dead: Cell::new(false),
             used: Cell::new(Instant::now()),
             peer,
-            stop: Notify::new(),
-        });
-        tokio::task::spawn_local(drive(tunnel.clone(), connection, config.clone()));
-        Ok(tunnel)
+        }))
     }
 
     /// Whether another stream may be opened now.
     pub fn has_room(&self) -> bool {
-        let send = self.send.borrow();
-        let Some(send) = send.as_ref() else {
-            return false;
-        };
-        !self.dead.get() && self.active.get() < self.limit.min(send.current_max_send_streams())
+        self.handle.has_room(self.limit)
     }
 
     /// Whether it will never take a stream again.
     pub fn is_dead(&self) -> bool {
-        self.dead.get() || self.send.borrow().is_none()
+        self.handle.is_ending()
     }
 
     /// When it last took a stream.
@@ -138,12 +117,12 @@ impl Tunnel {
 
     /// Takes no more streams; it ends with its last one.
     pub fn retire(&self) {
-        self.send.borrow_mut().take();
+        self.handle.retire();
     }
 
     /// Ends at once, with all its streams.
     pub fn stop(&self) {
-        self.stop.notify_one();
+        self.handle.stop(Failure::Stopped);
     }
 
     /// Opens a stream.
@@ -151,132 +130,70 @@ impl Tunnel {
     /// # Errors
     /// `Err(None)` when the tunnel was already on its way out and another one may be tried, else why it failed.
     pub async fn open(
-        self: &Rc<Self>,
+        &self,
         headers: &ConnectHeaders,
         config: &Http2Config,
     ) -> Result<Tunnelled, Option<OpenError>> {
-        let request = request(headers)?;
+        headers.check()?;
         self.used.set(Instant::now());
-        self.active.set(self.active.get() + 1);
-        let place = Place(self.clone());
-        let (answer, send) = self.send_request(request).await?;
-        let response = match timeout(config.answer_timeout, answer).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(error)) if is_unprocessed(&error) => {
-                self.dead.set(true);
-                return Err(None);
+        let rest = [
+            ("baggage", &headers.baggage),
+            ("forwarded", &headers.forwarded),
+            ("traceparent", &headers.traceparent),
+            ("x-forwarded-network", &headers.forwarded_network),
+        ];
+        let handle = self.handle.open(&headers.authority, |encoder| {
+            for (name, value) in rest {
+                if let Some(value) = value {
+                    encoder.field(name, value);
+                }
             }
-            Ok(Err(error)) => return Err(Some(OpenError::from_h2(error))),
+        });
+        let handle = handle.ok_or(None)?;
+        let answer = match timeout(config.answer_timeout, handle.answer()).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(Outcome::Unprocessed)) => return Err(None),
+            Ok(Err(outcome)) => return Err(Some(OpenError::from_outcome(outcome))),
             Err(_) => return Err(Some(OpenError::AnswerTimeout(config.answer_timeout))),
         };
-        if response.status() != StatusCode::OK {
-            return Err(Some(OpenError::Status(response.status())));
+        let status = answer
+            .status
+            .and_then(|status| StatusCode::from_u16(status).ok());
+        match status {
+            Some(StatusCode::OK) => {}
+            Some(status) => return Err(Some(OpenError::Status(status))),
+            None => {
+                return Err(Some(OpenError::Http2(
+                    "an answer without a status".to_string(),
+                )));
+            }
         }
-        let baggage = response
-            .headers()
-            .get("baggage")
-            .and_then(|value| value.to_str().ok())
-            .map(str::to_string);
-        let stream = Stream::new(send, response.into_body(), Some(Box::new(place)));
         Ok(Tunnelled {
-            stream,
+            stream: Stream::new(handle),
             peer: self.peer.clone(),
-            baggage,
-        })
-    }
-
-    async fn send_request(
-        &self,
-        request: Request<()>,
-    ) -> Result<(ResponseFuture, SendStream<Bytes>), Option<OpenError>> {
-        let Some(send) = self.send.borrow().clone() else {
-            return Err(None);
-        };
-        let Ok(mut send) = send.ready().await else {
-            self.dead.set(true);
-            return Err(None);
-        };
-        send.send_request(request, false).map_err(|error| {
-            tracing::debug!("HBONE tunnel takes no more streams: {error}");
-            self.dead.set(true);
-            None
+            baggage: answer.baggage.map(String::from),
         })
     }
 }
 
-/// Whether the peer surely did not act on a request, so that it may be sent again (RFC 9113 §8.7).
-fn is_unprocessed(error: &h2::Error) -> bool {
-    error.is_remote()
-        && ((error.is_go_away() && error.reason() == Some(Reason::NO_ERROR))
-            || (error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM)))
-}
-
-fn request(headers: &ConnectHeaders) -> Result<Request<()>, Option<OpenError>> {
-    let invalid = |what: &str| {
-        Some(OpenError::Http2(format!(
-            "{what} cannot be sent as an HTTP header"
-        )))
-    };
-    let uri = http::Uri::builder()
-        .authority(headers.authority.as_str())
-        .build()
-        .map_err(|_| invalid(&format!("authority {:?}", headers.authority)))?;
-    let mut request = Request::new(());
-    *request.method_mut() = Method::CONNECT;
-    *request.uri_mut() = uri;
-    *request.version_mut() = http::Version::HTTP_2;
-    let rest = [
-        ("baggage", &headers.baggage),
-        ("forwarded", &headers.forwarded),
-        ("traceparent", &headers.traceparent),
-        ("x-forwarded-network", &headers.forwarded_network),
-    ];
-    for (name, value) in rest {
-        if let Some(value) = value {
-            let value = HeaderValue::from_str(value).map_err(|_| invalid(name))?;
-            request.headers_mut().insert(name, value);
+impl ConnectHeaders {
+    /// Checks that all of it can be sent as header fields.
+    fn check(&self) -> Result<(), Option<OpenError>> {
+        let texts = [
+            ("authority", Some(&self.authority)),
+            ("baggage", self.baggage.as_ref()),
+            ("forwarded", self.forwarded.as_ref()),
+            ("traceparent", self.traceparent.as_ref()),
+            ("x-forwarded-network", self.forwarded_network.as_ref()),
+        ];
+        for (name, text) in texts {
+            if let Some(text) = text
+                && text.bytes().any(|byte| byte < b' ' || byte == 0x7f)
+            {
+                let why = format!("{name} {text:?} cannot be sent as an HTTP header");
+                return Err(Some(OpenError::Http2(why)));
+            }
         }
+        Ok(())
     }
-    Ok(request)
-}
-
-async fn within<T>(
-    config: &Http2Config,
-    what: &str,
-    work: impl Future<Output = T>,
-) -> Result<T, OpenError> {
-    timeout(config.handshake_timeout, work).await.map_err(|_| {
-        OpenError::from_io(io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("{what} timed out"),
-        ))
-    })
-}
-
-async fn drive<T>(
-    tunnel: Rc<Tunnel>,
-    mut connection: h2::client::Connection<T, Bytes>,
-    config: Rc<Http2Config>,
-) where
-    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-{
-    let pings = connection.ping_pong();
-    let dead = async {
-        match pings {
-            Some(pings) => http2::watch(pings, &config).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        ended = connection => if let Err(error) = ended {
-            tracing::debug!("HBONE tunnel ended: {error}");
-        },
-        dead = dead => match dead {
-            Dead::Silent => tracing::warn!("HBONE ping timeout/error: no answer within {:?}", config.ping_timeout),
-            Dead::Error(error) => tracing::debug!("HBONE tunnel ended under a ping: {error}"),
-        },
-        () = tunnel.stop.notified() => {}
-    }
-    tunnel.dead.set(true);
-    tunnel.retire();
 }

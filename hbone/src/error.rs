@@ -7,6 +7,8 @@ use std::time::Duration;
 use http::StatusCode;
 use thiserror::Error;
 
+use crate::engine::{Failure, Outcome};
+
 /// Why a stream could not be opened; cheap to clone, for everyone who waited for the same tunnel.
 #[derive(Clone, Debug, Error)]
 pub enum OpenError {
@@ -21,7 +23,7 @@ pub enum OpenError {
     #[error("http2 handshake failed: {0}")]
     Http2(String),
     #[error("h2 failed: {0}")]
-    H2(Rc<h2::Error>),
+    H2(String),
     #[error("http status: {0}")]
     Status(StatusCode),
     #[error("io error: the peer did not answer the CONNECT within {0:?}")]
@@ -53,8 +55,16 @@ impl OpenError {
         }
     }
 
-    pub(crate) fn from_h2(error: h2::Error) -> Self {
-        Self::H2(Rc::new(error))
+    /// Of a stream that ended before its answer.
+    pub(crate) fn from_outcome(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Reset(reason) => Self::H2(format!("the peer reset the stream: {reason}")),
+            Outcome::Tunnel(failure) => Self::H2(failure.to_string()),
+            Outcome::Read(error) | Outcome::Write(error) => Self::Io(error),
+            Outcome::Ended | Outcome::Unprocessed => {
+                Self::H2("the stream ended before it was answered".to_string())
+            }
+        }
     }
 }
 
@@ -66,7 +76,7 @@ pub enum AcceptError {
     #[error("tls handshake error: timed out after {0:?}")]
     TlsTimeout(Duration),
     #[error("h2 failed: {0}")]
-    Http2(h2::Error),
+    Http2(Failure),
     #[error("h2 failed: no HTTP/2 preface within {0:?}")]
     Http2Timeout(Duration),
     #[error("tls handshake error: peer did not negotiate HTTP/2")]
@@ -75,5 +85,5 @@ pub enum AcceptError {
 
 /// Why a stream could not be accepted.
 #[derive(Debug, Error)]
-#[error("{0}")]
-pub struct StreamError(pub(crate) h2::Error);
+#[error("the client gave up the stream")]
+pub struct StreamError;

@@ -1,9 +1,8 @@
-//! The HTTP/2 parameters of tunnels, and the pings that find dead ones.
+//! The HTTP/2 parameters of tunnels.
 
 use std::time::Duration;
 
-use h2::{Ping, PingPong};
-use tokio::time::{sleep, timeout};
+use crate::engine::Limits;
 
 /// Both ends' HTTP/2 parameters and limits.
 #[derive(Clone, Debug)]
@@ -50,62 +49,23 @@ const CLIENT_HEADER_LIST: u32 = 16 << 10;
 const SERVER_HEADER_LIST: u32 = 64 << 10;
 /// SETTINGS_MAX_CONCURRENT_STREAMS of the server.
 const SERVER_STREAMS: u32 = 200;
-/// How much a stream may hold back for its peer, in bytes: enough to keep the tunnel busy, little enough to stay in the cache.
-const SEND_BUFFER: usize = 400 << 10;
-/// Streams reset before they were accepted that a peer may pile up (RFC 9113 §10.5, rapid reset).
-const PENDING_ACCEPT_RESETS: usize = 20;
-/// Streams that we reset because of a peer's errors before the tunnel is given up.
-const LOCAL_ERROR_RESETS: usize = 1024;
 
 impl Http2Config {
-    pub(crate) fn client(&self) -> h2::client::Builder {
-        let mut builder = h2::client::Builder::new();
-        builder
-            .initial_window_size(self.stream_window)
-            .initial_connection_window_size(self.connection_window)
-            .max_frame_size(self.frame_size)
-            .max_header_list_size(CLIENT_HEADER_LIST)
-            .enable_push(false)
-            .initial_max_send_streams(usize::from(self.max_streams_per_connection))
-            .max_send_buffer_size(SEND_BUFFER)
-            .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS)
-            .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS))
-            .data_frame_budget(self.connection_window as usize);
-        builder
+    pub(crate) fn client(&self) -> Limits {
+        self.limits(CLIENT_HEADER_LIST, 0)
     }
 
-    pub(crate) fn server(&self) -> h2::server::Builder {
-        let mut builder = h2::server::Builder::new();
-        builder
-            .initial_window_size(self.stream_window)
-            .initial_connection_window_size(self.connection_window)
-            .max_frame_size(self.frame_size)
-            .max_header_list_size(SERVER_HEADER_LIST)
-            .max_concurrent_streams(SERVER_STREAMS)
-            .max_send_buffer_size(SEND_BUFFER)
-            .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS)
-            .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS))
-            .data_frame_budget(self.connection_window as usize);
-        builder
+    pub(crate) fn server(&self) -> Limits {
+        self.limits(SERVER_HEADER_LIST, SERVER_STREAMS)
     }
-}
 
-/// Pings until one stays unanswered or the tunnel is gone; then the tunnel is dead.
-pub(crate) async fn watch(mut pings: PingPong, config: &Http2Config) -> Dead {
-    loop {
-        sleep(config.ping_interval).await;
-        match timeout(config.ping_timeout, pings.ping(Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Dead::Error(error),
-            Err(_) => return Dead::Silent,
+    fn limits(&self, header_list: u32, streams: u32) -> Limits {
+        Limits {
+            stream_window: self.stream_window,
+            connection_window: self.connection_window,
+            frame_size: self.frame_size,
+            header_list,
+            streams,
         }
     }
-}
-
-/// Why a tunnel is given up.
-pub(crate) enum Dead {
-    /// The peer does not answer pings.
-    Silent,
-    /// The tunnel ended under the ping.
-    Error(h2::Error),
 }

@@ -2,6 +2,7 @@
 
 mod client;
 mod counters;
+mod engine;
 mod error;
 mod headers;
 mod http2;
@@ -19,6 +20,7 @@ mod verify;
 
 pub use client::{ConnectHeaders, Dialer, Tunnelled};
 pub use counters::Counters;
+pub use engine::{Engine, Failure, Reason};
 pub use error::{AcceptError, OpenError, StreamError};
 pub use headers::{Authority, AuthorityError, Baggage};
 pub use http2::Http2Config;

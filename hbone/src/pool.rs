@@ -11,6 +11,7 @@ use std::time::Instant;
 use tokio::sync::Notify;
 
 use crate::client::{ConnectHeaders, Dialer, Tunnel, Tunnelled};
+use crate::engine::Engine;
 use crate::error::OpenError;
 use crate::http2::Http2Config;
 use crate::{Identity, TlsIdentity};
@@ -36,6 +37,7 @@ pub struct PoolKey {
 pub struct Pool(Rc<Inner>);
 
 struct Inner {
+    engine: Engine,
     config: Rc<Http2Config>,
     dialer: Rc<dyn Dialer>,
     entries: RefCell<HashMap<PoolKey, Entry>>,
@@ -73,8 +75,9 @@ impl Dial {
 
 impl Pool {
     /// An empty pool.
-    pub fn new(config: Rc<Http2Config>, dialer: Rc<dyn Dialer>) -> Self {
+    pub fn new(engine: Engine, config: Rc<Http2Config>, dialer: Rc<dyn Dialer>) -> Self {
         Self(Rc::new(Inner {
+            engine,
             config,
             dialer,
             entries: RefCell::default(),
@@ -86,6 +89,11 @@ impl Pool {
     /// The HTTP/2 parameters.
     pub fn config(&self) -> &Rc<Http2Config> {
         &self.0.config
+    }
+
+    /// The engine that serves the tunnels.
+    pub fn engine(&self) -> &Engine {
+        &self.0.engine
     }
 
     /// Opens a stream on a tunnel that fits the key, dialling one if there is none with room.
@@ -198,7 +206,8 @@ impl Inner {
         let tls = tls
             .await
             .map_err(|error| OpenError::Identity(error.into()))?;
-        Tunnel::connect(&*self.dialer, key.dst, &tls, &key.expected, &self.config).await
+        let (engine, dialer, config) = (&self.engine, &*self.dialer, &self.config);
+        Tunnel::connect(engine, dialer, key.dst, &tls, &key.expected, config).await
     }
 
     fn settle(self: &Rc<Self>, key: &PoolKey, result: Result<Rc<Tunnel>, OpenError>, dial: &Dial) {

@@ -1,31 +1,23 @@
 //! The serving end of tunnels.
 
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use h2::{Reason, RecvStream};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use crate::Identity;
+use crate::engine::{Engine, Failure, Fields, Role, StreamHandle, TunnelHandle, handshake};
 use crate::error::{AcceptError, StreamError};
 use crate::headers::forwarded_host;
-use crate::http2::{self, Dead, Http2Config};
-use crate::spiffe_san::identities;
+use crate::http2::Http2Config;
 use crate::stream::Stream;
 
-/// An accepted tunnel; nothing moves on it unless `next` is awaited.
+/// An accepted tunnel; dropping it ends it with all its streams.
 pub struct ServerTunnel {
-    connection: h2::server::Connection<TlsStream<TcpStream>, Bytes>,
+    handle: TunnelHandle,
     peer: Option<Identity>,
-    dead: std::pin::Pin<Box<dyn Future<Output = Dead>>>,
 }
 
 /// Makes a tunnel of an accepted connection.
@@ -33,39 +25,34 @@ pub struct ServerTunnel {
 /// # Errors
 /// When the peer proves no acceptable identity, does not speak HTTP/2, or is too slow about it.
 pub async fn accept(
+    engine: &Engine,
     socket: TcpStream,
     tls: Arc<ServerConfig>,
     config: &Http2Config,
 ) -> Result<ServerTunnel, AcceptError> {
     let limit = config.handshake_timeout;
-    let stream = timeout(limit, TlsAcceptor::from(tls).accept(socket))
+    let proven = timeout(limit, handshake::accept(&socket, tls))
         .await
         .map_err(|_| AcceptError::TlsTimeout(limit))?
         .map_err(AcceptError::Tls)?;
-    let (_, session) = stream.get_ref();
-    if session.alpn_protocol() != Some(b"h2") {
+    if !proven.http2 {
         return Err(AcceptError::NoAlpn);
     }
-    let peer = session
-        .peer_certificates()
-        .and_then(|chain| identities(chain.first()?).into_iter().next());
-    let mut connection = timeout(limit, config.server().handshake::<_, Bytes>(stream))
+    let peer = proven.peer.clone();
+    let tunnel = ServerTunnel {
+        handle: engine.add(socket, proven, Role::Server, config.server(), 0),
+        peer,
+    };
+    timeout(limit, tunnel.handle.settled())
         .await
         .map_err(|_| AcceptError::Http2Timeout(limit))?
         .map_err(AcceptError::Http2)?;
-    let pings = connection.ping_pong();
-    let config = config.clone();
-    let dead = Box::pin(async move {
-        match pings {
-            Some(pings) => http2::watch(pings, &config).await,
-            None => std::future::pending().await,
-        }
-    });
-    Ok(ServerTunnel {
-        connection,
-        peer,
-        dead,
-    })
+    let watch = tunnel
+        .handle
+        .clone()
+        .watch(config.ping_interval, config.ping_timeout);
+    tokio::task::spawn_local(watch);
+    Ok(tunnel)
 }
 
 impl ServerTunnel {
@@ -74,24 +61,19 @@ impl ServerTunnel {
         self.peer.as_ref()
     }
 
-    /// Drives the tunnel until a request arrives; none when it has ended. Safe to drop and call again.
+    /// Waits for a request; none when the tunnel has ended. Safe to drop and call again.
     pub async fn next(&mut self) -> Option<Incoming> {
-        let accepted = tokio::select! {
-            accepted = self.connection.accept() => accepted,
-            dead = &mut self.dead => {
-                match dead {
-                    Dead::Silent => tracing::debug!("HBONE ping timeout: the peer is gone"),
-                    Dead::Error(error) => tracing::debug!("HBONE tunnel ended under a ping: {error}"),
+        match self.handle.request().await {
+            Some((handle, fields)) => Some(Incoming {
+                headers: IncomingHeaders(fields),
+                handle,
+            }),
+            None => {
+                if let Some(failure) = self.handle.failure()
+                    && !failure.is_abrupt_close()
+                {
+                    tracing::debug!("HBONE tunnel ended: {failure}");
                 }
-                self.dead = Box::pin(std::future::pending());
-                self.connection.abrupt_shutdown(Reason::NO_ERROR);
-                self.connection.accept().await
-            }
-        };
-        match accepted? {
-            Ok((request, respond)) => Some(Incoming::new(request, respond)),
-            Err(error) => {
-                tracing::debug!("HBONE tunnel ended: {error}");
                 None
             }
         }
@@ -99,107 +81,78 @@ impl ServerTunnel {
 
     /// Tells the peer to open its next streams elsewhere; those that are open go on.
     pub fn graceful_shutdown(&mut self) {
-        self.connection.graceful_shutdown();
+        self.handle.shut_down();
+    }
+}
+
+impl Drop for ServerTunnel {
+    fn drop(&mut self) {
+        self.handle.stop(Failure::Stopped);
     }
 }
 
 /// What came along with a CONNECT.
-pub struct IncomingHeaders(HeaderMap);
+pub struct IncomingHeaders(Box<Fields>);
 
 impl IncomingHeaders {
-    fn text(&self, name: &str) -> Option<&str> {
-        self.0.get(name)?.to_str().ok()
-    }
-
     /// The hostname that the client says it meant; telemetry only.
     pub fn forwarded_host(&self) -> Option<String> {
-        forwarded_host(self.text("forwarded")?).map(str::to_string)
+        forwarded_host(self.0.forwarded.as_deref()?).map(str::to_string)
     }
 
     /// What the client says of itself; telemetry only.
     pub fn baggage(&self) -> Option<crate::Baggage> {
-        let mut joined = String::new();
-        for value in self.0.get_all("baggage") {
-            if !joined.is_empty() {
-                joined.push(',');
-            }
-            joined.push_str(value.to_str().ok()?);
-        }
-        (!joined.is_empty()).then(|| crate::Baggage::parse(&joined))
+        self.0.baggage.as_deref().map(crate::Baggage::parse)
     }
 
     /// The network that the flow came from, across a gateway.
     pub fn forwarded_network(&self) -> Option<&str> {
-        self.text("x-forwarded-network")
+        self.0.forwarded_network.as_deref()
     }
 }
 
 /// A request that waits for its answer; dropping it resets the stream.
 pub struct Incoming {
-    method: http::Method,
-    authority: String,
     pub headers: IncomingHeaders,
-    body: RecvStream,
-    respond: SendResponse<Bytes>,
+    handle: StreamHandle,
 }
 
 impl Incoming {
-    fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Self {
-        let (parts, body) = request.into_parts();
-        let authority = parts
-            .uri
-            .authority()
-            .map(ToString::to_string)
-            .unwrap_or_default();
-        Self {
-            method: parts.method,
-            authority,
-            headers: IncomingHeaders(parts.headers),
-            body,
-            respond,
-        }
-    }
-
     /// The request's method.
     pub fn method(&self) -> &str {
-        self.method.as_str()
+        self.headers.0.method.as_deref().unwrap_or_default()
     }
 
     /// The `:authority` as it came; empty when there is none.
     pub fn authority(&self) -> &str {
-        &self.authority
+        self.headers.0.authority.as_deref().unwrap_or_default()
     }
 
     /// Answers 200 and opens the stream.
     ///
     /// # Errors
-    /// When the client gave up meanwhile, or the baggage cannot be a header.
-    pub fn accept(mut self, baggage: Option<&str>) -> Result<Stream, StreamError> {
-        let mut response = Response::new(());
-        if let Some(baggage) = baggage.and_then(|text| HeaderValue::from_str(text).ok()) {
-            response.headers_mut().insert("baggage", baggage);
+    /// When the client gave up meanwhile.
+    pub fn accept(self, baggage: Option<&str>) -> Result<Stream, StreamError> {
+        if self.handle.is_gone() {
+            return Err(StreamError);
         }
-        let send = self
-            .respond
-            .send_response(response, false)
-            .map_err(StreamError)?;
-        Ok(Stream::new(send, self.body, None))
+        let baggage = baggage.filter(|text| text.bytes().all(|byte| byte >= b' ' && byte != 0x7f));
+        self.handle.respond(200, false, |encoder| {
+            if let Some(baggage) = baggage {
+                encoder.field("baggage", baggage);
+            }
+        });
+        Ok(Stream::new(self.handle))
     }
 
     /// Waits until the client has given up.
     pub async fn cancelled(&mut self) {
-        let reset = std::future::poll_fn(|cx| self.respond.poll_reset(cx));
-        let _ = pin!(reset).await;
+        self.handle.over().await;
     }
 
     /// Answers with an error status and nothing else.
-    pub fn refuse(mut self, status: u16) {
-        let mut response = Response::new(());
-        *response.status_mut() =
-            StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-        if let Err(error) = self.respond.send_response(response, true) {
-            tracing::debug!("the client was gone before it was refused: {error}");
-        }
+    pub fn refuse(self, status: u16) {
+        self.handle.respond(status, true, |_| {});
     }
 }
 

@@ -120,6 +120,8 @@ impl TlsIdentity {
         server.alpn_protocols = vec![b"h2".to_vec()];
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
+        // The engine seals records itself.
+        server.enable_secret_extraction = true;
         Ok(Self {
             identity,
             key,
@@ -184,6 +186,7 @@ impl TlsIdentity {
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.enable_sni = false;
+        config.enable_secret_extraction = true;
         config.resumption = rustls::client::Resumption::disabled();
         let config = Arc::new(config);
         if clients.len() >= CLIENT_CONFIGS {

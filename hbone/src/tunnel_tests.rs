@@ -44,15 +44,17 @@ async fn server(identity: Arc<TlsIdentity>, config: Http2Config) -> Server {
     let tunnels = Rc::new(Cell::new(0));
     let (report, errors) = tokio::sync::mpsc::unbounded_channel();
     let counted = tunnels.clone();
+    let engine = Engine::start();
     spawn_local(async move {
         while let Ok((socket, _)) = listener.accept().await {
             let (identity, config) = (identity.clone(), config.clone());
-            let (counted, report) = (counted.clone(), report.clone());
+            let (counted, report, engine) = (counted.clone(), report.clone(), engine.clone());
             spawn_local(async move {
-                let mut tunnel = match accept(socket, identity.server_config(), &config).await {
-                    Ok(tunnel) => tunnel,
-                    Err(error) => return report.send(error.to_string()).unwrap_or_default(),
-                };
+                let mut tunnel =
+                    match accept(&engine, socket, identity.server_config(), &config).await {
+                        Ok(tunnel) => tunnel,
+                        Err(error) => return report.send(error.to_string()).unwrap_or_default(),
+                    };
                 counted.set(counted.get() + 1);
                 while let Some(incoming) = tunnel.next().await {
                     match incoming.authority() {
@@ -117,7 +119,7 @@ async fn open(
 }
 
 fn pool(config: Http2Config) -> Pool {
-    Pool::new(Rc::new(config), Rc::new(Direct))
+    Pool::new(Engine::start(), Rc::new(config), Rc::new(Direct))
 }
 
 async fn socket_pair() -> (TcpStream, TcpStream) {
@@ -460,14 +462,16 @@ async fn a_peer_that_answers_no_ping_is_dead() {
         // A server that goes silent after its first stream.
         spawn_local(async move {
             let (socket, _) = listener.accept().await.unwrap();
-            let mut tunnel = accept(socket, identity.server_config(), &Http2Config::default())
-                .await
+            let acceptor = tokio_rustls::TlsAcceptor::from(identity.server_config());
+            let stream = acceptor.accept(socket).await.unwrap();
+            let mut tunnel = h2::server::handshake(stream).await.unwrap();
+            let (request, mut respond) = tunnel.accept().await.unwrap().unwrap();
+            let send = respond
+                .send_response(http::Response::new(()), false)
                 .unwrap();
-            let incoming = tunnel.next().await.unwrap();
-            let stream = incoming.accept(None).unwrap();
-            let _ = tokio::time::timeout(Duration::from_millis(100), tunnel.next()).await;
+            let _ = tokio::time::timeout(Duration::from_millis(100), tunnel.accept()).await;
             tokio::time::sleep(Duration::from_secs(60)).await;
-            drop(stream);
+            drop((request, send));
         });
         let config = Http2Config {
             ping_interval: Duration::from_millis(150),

@@ -46,7 +46,8 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
         Ok(tls) => tls,
         Err(error) => return refuse(&format!("signing error: {error}")),
     };
-    let mut tunnel = match hbone::accept(socket, tls.server_config(), pod.pool.config()).await {
+    let (engine, config) = (pod.pool.engine(), pod.pool.config());
+    let mut tunnel = match hbone::accept(engine, socket, tls.server_config(), config).await {
         Ok(tunnel) => tunnel,
         Err(error) => return refuse(&error.to_string()),
     };

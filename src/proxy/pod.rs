@@ -18,7 +18,7 @@ use crate::telemetry::Telemetry;
 
 use super::connections::Connections;
 use super::drain::Drain;
-use hbone::{Dialer, Http2Config, LocalBoxFuture, Pool};
+use hbone::{Dialer, Engine, Http2Config, LocalBoxFuture, Pool};
 use tokio::net::TcpStream;
 
 /// How long a flow waits for the record of its own workload.
@@ -79,7 +79,7 @@ impl Dialer for PodDialer {
 
 impl Pod {
     /// A pod that has no flows yet.
-    pub fn new(spec: Arc<PodSpec>, shared: Rc<Shared>, drain: Drain) -> Self {
+    pub fn new(spec: Arc<PodSpec>, shared: Rc<Shared>, engine: Engine, drain: Drain) -> Self {
         let config = &shared.config;
         let http2 = Http2Config {
             stream_window: config.stream_window,
@@ -95,7 +95,7 @@ impl Pod {
         };
         let seed = std::hash::RandomState::new().build_hasher().finish();
         Self {
-            pool: Pool::new(Rc::new(http2), Rc::new(dialer)),
+            pool: Pool::new(engine, Rc::new(http2), Rc::new(dialer)),
             spec,
             shared,
             inbound: Connections::default(),

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hbone::Engine;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
@@ -141,12 +142,13 @@ impl Ended {
 }
 
 async fn run(shared: Rc<Shared>, mut commands: mpsc::UnboundedReceiver<Command>) {
+    let engine = Engine::start();
     let mut pods = Running::default();
     while let Some(command) = commands.recv().await {
         match command {
             Command::Add(spec, listeners, reply) => {
                 let uid = spec.uid.clone();
-                let started = start(&shared, spec, listeners);
+                let started = start(&shared, &engine, spec, listeners);
                 let _ = reply.send(started.map(|running| {
                     pods.0.insert(uid, running);
                 }));
@@ -192,9 +194,19 @@ async fn stop_all(pods: HashMap<String, RunningPod>, deadline: Duration) {
     }
 }
 
-fn start(shared: &Rc<Shared>, spec: Arc<PodSpec>, listeners: Listeners) -> io::Result<RunningPod> {
+fn start(
+    shared: &Rc<Shared>,
+    engine: &Engine,
+    spec: Arc<PodSpec>,
+    listeners: Listeners,
+) -> io::Result<RunningPod> {
     let (handle, drain) = drain();
-    let pod = Rc::new(Pod::new(spec, shared.clone(), drain.clone()));
+    let pod = Rc::new(Pod::new(
+        spec,
+        shared.clone(),
+        engine.clone(),
+        drain.clone(),
+    ));
     let ended = Rc::new(Ended::default());
     let task = |work: std::pin::Pin<Box<dyn Future<Output = ()>>>| {
         ended.left.set(ended.left.get() + 1);
