@@ -7,6 +7,8 @@ mod error;
 mod headers;
 mod http2;
 mod identity;
+#[cfg(test)]
+mod interop_tests;
 mod pool;
 mod server;
 mod spiffe_san;

@@ -83,11 +83,14 @@ const STATUS: u8 = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Invalid;
 
+/// A name and its value.
+type Entry = (Box<[u8]>, Box<[u8]>);
+
 /// The reading end's state of a connection.
 #[derive(Clone, Debug)]
 pub struct Decoder {
     /// Newest first.
-    table: VecDeque<(Box<[u8]>, Box<[u8]>)>,
+    table: VecDeque<Entry>,
     size: usize,
     limit: usize,
 }

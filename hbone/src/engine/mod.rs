@@ -5,6 +5,9 @@
 //! they wait for a socket. What the protocol allows is decided in `connection`, which does no I/O.
 
 mod connection;
+#[cfg(test)]
+mod connection_tests;
+mod control;
 mod flow;
 mod frame;
 pub(crate) mod handshake;
@@ -13,6 +16,8 @@ mod huffman;
 mod ready;
 mod receive;
 mod record;
+#[cfg(test)]
+mod record_tests;
 mod scratch;
 mod tunnel;
 

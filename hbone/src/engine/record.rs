@@ -245,6 +245,9 @@ impl Records {
         plain: &mut [u8],
     ) -> Result<(u8, usize), RecordError> {
         let sequence = self.opening.sequence;
+        if header[1..3] != [3, 3] {
+            return Err(RecordError::Unexpected("a record of another version"));
+        }
         let explicit = if self.tls12 { EXPLICIT } else { 0 };
         if body.len() < explicit + TAG {
             return Err(RecordError::Decrypt);

@@ -487,7 +487,8 @@ impl Tunnel {
             }
             self.put_control(scratch);
             if self.unsent.is_some() || !self.http.control.is_empty() {
-                return Ok(self.wait(place, |tunnel| &mut tunnel.blocked));
+                self.wait(place, |tunnel| &mut tunnel.blocked);
+                return Ok(());
             }
             let window = self.http.room(place);
             if window == 0 {
@@ -509,7 +510,8 @@ impl Tunnel {
             match Pin::new(&mut carried.socket).poll_read(&mut cx, &mut buffer) {
                 Poll::Pending => return Ok(()),
                 Poll::Ready(Err(error)) => {
-                    return Ok(self.break_off(place, Outcome::Read(Rc::new(error))));
+                    self.break_off(place, Outcome::Read(Rc::new(error)));
+                    return Ok(());
                 }
                 Poll::Ready(Ok(())) => {}
             }
@@ -517,7 +519,8 @@ impl Tunnel {
             if read == 0 {
                 let head = self.http.data(place, 0, true);
                 scratch.put(&head);
-                return Ok(self.settle(place));
+                self.settle(place);
+                return Ok(());
             }
             let sent = &carried.counters.sent;
             sent.set(sent.get() + read as u64);
