@@ -34,7 +34,7 @@ const USER_CANCELED: u8 = 90;
 /// Records that cannot be read or written; the connection is of no use then.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum RecordError {
-    #[error("the peer sent TLS alert {0}")]
+    #[error("the peer sent the TLS alert {:?}", rustls::AlertDescription::from(*.0))]
     Alert(u8),
     #[error("a TLS record cannot be decrypted")]
     Decrypt,

@@ -24,6 +24,8 @@ use crate::Counters;
 
 /// Control frames that may wait for a peer that does not read, in bytes.
 const CONTROL: usize = 256 << 10;
+/// Capacity for control frames that an idle tunnel may keep, in bytes.
+const KEPT_CONTROL: usize = 2 << 10;
 /// Reads of one socket before its siblings have their turn.
 const READS: usize = 2;
 /// The least room in the scratch that is worth a read, in bytes.
@@ -561,6 +563,9 @@ impl Tunnel {
         if !self.http.control.is_empty() && self.unsent.is_none() {
             let put = scratch.put(&self.http.control);
             self.http.control.drain(..put);
+            if self.http.control.capacity() > KEPT_CONTROL && self.http.control.is_empty() {
+                self.http.control = Vec::new();
+            }
         }
     }
 
@@ -654,7 +659,7 @@ impl Tunnel {
                 .is_some_and(|stream| stream.is_over());
             match self.http.forget(place) {
                 // All of it came, and only its application is slow.
-                Some(flow) if over && flow.carried.is_some() => {
+                Some(flow) if over && flow.carried.is_some() && !flow.is_drained() => {
                     tokio::task::spawn_local(flow.write_out());
                 }
                 Some(flow) => flow.finish(Outcome::Tunnel(failure.clone())),
