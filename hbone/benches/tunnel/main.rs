@@ -1,7 +1,10 @@
-//! A tunnel beside a plain connection: what carrying bytes and small requests costs, in CPU time of this process.
+//! A tunnel beside a plain connection, and beside a tunnel made of libraries: what carrying bytes and small requests
+//! costs, in CPU time of this process.
 //!
 //! Both ends, the client and the application run on one thread over loopback, so the figures are the sum of all of them;
 //! what the tunnel adds is the difference to the plain connection.
+
+mod library;
 
 use std::future::Future;
 use std::io;
@@ -10,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use hbone::{
     ConnectHeaders, Dialer, Engine, Http2Config, LocalBoxFuture, Pool, PoolKey, TlsIdentity,
     TlsOptions, accept,
@@ -65,13 +69,30 @@ struct World {
     tunnel: SocketAddr,
     pool: Pool,
     client: Arc<TlsIdentity>,
+    /// The calling end of a tunnel made of libraries.
+    library: h2::client::SendRequest<Bytes>,
+}
+
+/// What a flow goes through.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Plain,
+    Library,
+    Tunnel,
 }
 
 impl World {
     async fn new() -> Self {
         let (client, server) = identities();
+        let expected = [SERVER.parse().unwrap()];
+        let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let other_address = other.local_addr().unwrap();
+        let serving_config = server.server_config();
         let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let target = application.local_addr().unwrap();
+        library::serve(other, serving_config, target);
+        let config = client.client_config(&expected).unwrap();
+        let library = library::connect(other_address, config).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let tunnel = listener.local_addr().unwrap();
         let engine = Engine::start();
@@ -104,15 +125,22 @@ impl World {
             tunnel,
             pool,
             client,
+            library,
         }
     }
 
     /// Both ends of a flow, through the tunnel or not.
-    async fn flow(&self, tunnelled: bool) -> (TcpStream, TcpStream) {
-        let near = if tunnelled {
+    async fn flow(&self, way: Way) -> (TcpStream, TcpStream) {
+        let near = if way != Way::Plain {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let (near, carried) = tokio::join!(TcpStream::connect(address), listener.accept());
+            let (near, carried) = (near.unwrap(), carried.unwrap().0);
+            let _ = carried.set_nodelay(true);
+            if way == Way::Library {
+                library::open(&self.library, carried).await;
+                return self.accepted(near).await;
+            }
             let key = PoolKey {
                 src: CLIENT.parse().unwrap(),
                 expected: vec![SERVER.parse().unwrap()],
@@ -128,23 +156,26 @@ impl World {
                 async move { Ok(client) }
             };
             let tunnelled = self.pool.open(&key, tls, &headers).await.unwrap();
-            let carried = carried.unwrap().0;
-            let _ = carried.set_nodelay(true);
             spawn_local(async move { tunnelled.stream.carry(carried, &Rc::default()).await });
-            near.unwrap()
+            near
         } else {
             TcpStream::connect(self.application.local_addr().unwrap())
                 .await
                 .unwrap()
         };
+        self.accepted(near).await
+    }
+
+    /// The near end with the application's.
+    async fn accepted(&self, near: TcpStream) -> (TcpStream, TcpStream) {
         let _ = near.set_nodelay(true);
         let (far, _) = self.application.accept().await.unwrap();
         let _ = far.set_nodelay(true);
         (near, far)
     }
 
-    async fn bulk(&self, tunnelled: bool) {
-        let (mut near, mut far) = self.flow(tunnelled).await;
+    async fn bulk(&self, way: Way) {
+        let (mut near, mut far) = self.flow(way).await;
         let block = vec![7u8; 256 << 10];
         let mut buffer = vec![0; 256 << 10];
         let sending = async {
@@ -161,10 +192,10 @@ impl World {
         tokio::join!(sending, receiving);
     }
 
-    async fn requests(&self, tunnelled: bool) {
+    async fn requests(&self, way: Way) {
         let mut flows = JoinSet::new();
         for _ in 0..FLOWS {
-            let (mut near, mut far) = self.flow(tunnelled).await;
+            let (mut near, mut far) = self.flow(way).await;
             flows.spawn_local(async move {
                 let mut answer = [0; 128];
                 for _ in 0..ROUNDS {
@@ -206,21 +237,25 @@ fn main() {
         .unwrap();
     LocalSet::new().block_on(&runtime, async {
         let world = World::new().await;
-        println!("{:<34}{:>12}{:>22}", "", "wall", "CPU of all four ends");
-        for tunnelled in [false, true] {
-            let kind = if tunnelled { "tunnel" } else { "plain" };
-            let (wall, cpu) = measured(world.bulk(tunnelled)).await;
+        println!("{:<44}{:>12}{:>22}", "", "wall", "CPU of all four ends");
+        let ways = [
+            ("plain", Way::Plain),
+            ("h2 and tokio-rustls", Way::Library),
+            ("tunnel", Way::Tunnel),
+        ];
+        for (kind, way) in ways {
+            let (wall, cpu) = measured(world.bulk(way)).await;
             let rate = BULK as f64 * 8.0 / wall.as_secs_f64() / 1e9;
             let cost = cpu.as_secs_f64() * 1e9 / BULK as f64;
             println!(
-                "{:<34}{rate:>7.1} Gb/s{cost:>17.2} s/GB",
+                "{:<44}{rate:>7.1} Gb/s{cost:>17.2} s/GB",
                 format!("{kind}, one flow, 1 GiB")
             );
-            let (wall, cpu) = measured(world.requests(tunnelled)).await;
+            let (wall, cpu) = measured(world.requests(way)).await;
             let count = (FLOWS * ROUNDS) as f64;
             let (rate, cost) = (count / wall.as_secs_f64(), cpu.as_secs_f64() * 1e6 / count);
             println!(
-                "{:<34}{rate:>8.0} /s {cost:>14.1} us each",
+                "{:<44}{rate:>8.0} /s {cost:>14.1} us each",
                 format!("{kind}, {FLOWS} flows of questions")
             );
         }
