@@ -40,7 +40,6 @@ pub fn run() -> anyhow::Result<ExitCode> {
     tracing::info!("version: {}", version::build_info());
     evaluate::log_at_info(config.policy_info_logging);
     raise_descriptor_limit();
-    keep_large_buffers();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -57,17 +56,6 @@ fn raise_descriptor_limit() {
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
         tracing::warn!("the limit of open files stays at {soft}: {error}");
-    }
-}
-
-/// Buffers of bulk flows come and go all the time; giving each back to the kernel would cost more than moving its bytes.
-fn keep_large_buffers() {
-    const LARGEST_BUFFER: libc::c_int = 4 << 20;
-    const SPARE: libc::c_int = 8 << 20;
-    // SAFETY: plain settings of the allocator, made before any other thread runs.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_BUFFER);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, SPARE);
     }
 }
 

@@ -1,82 +1,92 @@
 //! A service's endpoints: by workload, and by number so that one can be picked without walking them.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::service::Endpoint;
 
-/// A persistent set of endpoints; a clone is cheap.
+/// A set of endpoints; a clone is cheap, and a change after it copies the set.
 #[derive(Clone, Debug, Default)]
-pub struct Endpoints {
-    list: imbl::Vector<Endpoint>,
-    positions: imbl::HashMap<Arc<str>, usize>,
+pub struct Endpoints(Arc<Set>);
+
+#[derive(Clone, Debug, Default)]
+struct Set {
+    list: Vec<Endpoint>,
+    positions: HashMap<Arc<str>, u32>,
     /// How many endpoints have each weight.
-    weights: imbl::OrdMap<u32, usize>,
+    weights: BTreeMap<u32, usize>,
 }
 
 impl Endpoints {
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.list.len()
+        self.0.list.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
+        self.0.list.is_empty()
     }
 
     /// The largest weight of an endpoint; zero without endpoints.
     pub fn heaviest(&self) -> u32 {
-        self.weights.get_max().map_or(0, |(weight, _)| *weight)
+        let last = self.0.weights.last_key_value();
+        last.map_or(0, |(weight, _)| *weight)
     }
 
     /// The endpoint at a position below `len`, in no particular order.
     pub fn at(&self, position: usize) -> Option<&Endpoint> {
-        self.list.get(position)
+        self.0.list.get(position)
     }
 
     /// A workload's endpoint.
     pub fn get(&self, workload_uid: &str) -> Option<&Endpoint> {
-        self.list.get(*self.positions.get(workload_uid)?)
+        self.0
+            .list
+            .get(*self.0.positions.get(workload_uid)? as usize)
     }
 
     /// All of them, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &Endpoint> {
-        self.list.iter()
+        self.0.list.iter()
     }
 
     /// Adds an endpoint or replaces its workload's former one.
     pub fn insert(&mut self, endpoint: Endpoint) {
-        *self.weights.entry(endpoint.capacity).or_default() += 1;
-        match self.positions.get(&endpoint.workload_uid) {
+        let set = Arc::make_mut(&mut self.0);
+        *set.weights.entry(endpoint.capacity).or_default() += 1;
+        match set.positions.get(&endpoint.workload_uid) {
             Some(position) => {
-                let former = self.list.set(*position, endpoint);
-                self.unweigh(former.capacity);
+                let former = &mut set.list[*position as usize];
+                let former = std::mem::replace(former, endpoint);
+                set.unweigh(former.capacity);
             }
             None => {
-                self.positions
-                    .insert(endpoint.workload_uid.clone(), self.list.len());
-                self.list.push_back(endpoint);
+                let position = set.list.len() as u32;
+                set.positions
+                    .insert(endpoint.workload_uid.clone(), position);
+                set.list.push(endpoint);
             }
         }
     }
 
     /// Removes a workload's endpoint.
     pub fn remove(&mut self, workload_uid: &str) {
-        let Some(position) = self.positions.remove(workload_uid) else {
+        if !self.0.positions.contains_key(workload_uid) {
             return;
-        };
-        let Some(last) = self.list.pop_back() else {
-            return;
-        };
-        let removed = if position < self.list.len() {
-            self.positions.insert(last.workload_uid.clone(), position);
-            self.list.set(position, last)
-        } else {
-            last
-        };
-        self.unweigh(removed.capacity);
+        }
+        let set = Arc::make_mut(&mut self.0);
+        if let Some(position) = set.positions.remove(workload_uid) {
+            let removed = set.list.swap_remove(position as usize);
+            if let Some(moved) = set.list.get(position as usize) {
+                set.positions.insert(moved.workload_uid.clone(), position);
+            }
+            set.unweigh(removed.capacity);
+        }
     }
+}
 
+impl Set {
     fn unweigh(&mut self, weight: u32) {
         if let Some(count) = self.weights.get_mut(&weight) {
             *count -= 1;

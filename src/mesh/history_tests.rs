@@ -214,11 +214,11 @@ fn answers(mesh: &Mesh) -> BTreeMap<String, Value> {
 fn sizes(mesh: &Mesh) -> [usize; 11] {
     [
         mesh.workloads.len(),
-        mesh.by_address.values().map(|known| known.len()).sum(),
+        mesh.by_address.values().flatten().count(),
         mesh.by_workload_hostname.len(),
         mesh.local.len(),
         mesh.services.len(),
-        mesh.by_vip.values().map(|known| known.len()).sum(),
+        mesh.by_vip.values().flatten().count(),
         mesh.by_hostname.len(),
         mesh.cidrs.len(),
         mesh.staged.len(),

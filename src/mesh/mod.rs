@@ -3,6 +3,7 @@
 pub mod balance;
 pub mod dump;
 pub mod endpoints;
+pub mod few;
 pub mod inbound;
 pub mod route;
 pub mod service;

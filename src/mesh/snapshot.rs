@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::endpoints::Endpoints;
+use super::few::Few;
 use super::service::{CidrAddress, Endpoint, Service, Visibility};
 use super::workload::{NamespacedHostname, Workload};
 use crate::policy::Policy;
@@ -23,13 +24,13 @@ pub(super) type LocalKey = (Arc<str>, Arc<str>);
 pub struct Mesh {
     pub(super) workloads: imbl::HashMap<Arc<str>, Arc<Workload>>,
     /// The workloads that claim an address, in the order they came.
-    pub(super) by_address: imbl::HashMap<IpAddr, imbl::Vector<Arc<Workload>>>,
+    pub(super) by_address: imbl::HashMap<IpAddr, Few<Arc<Workload>>>,
     pub(super) by_workload_hostname: imbl::HashMap<NamespacedHostname, imbl::OrdSet<Arc<str>>>,
     /// The workloads of this node by namespace and service account.
     pub(super) local: imbl::HashMap<LocalKey, imbl::OrdSet<Arc<str>>>,
     pub(super) services: imbl::HashMap<NamespacedHostname, ServiceEntry>,
-    pub(super) by_vip: imbl::HashMap<IpAddr, imbl::Vector<NamespacedHostname>>,
-    pub(super) by_hostname: imbl::HashMap<Arc<str>, imbl::Vector<NamespacedHostname>>,
+    pub(super) by_vip: imbl::HashMap<IpAddr, Few<NamespacedHostname>>,
+    pub(super) by_hostname: imbl::HashMap<Arc<str>, Few<NamespacedHostname>>,
     pub(super) cidrs: imbl::Vector<(CidrAddress, NamespacedHostname)>,
     /// Endpoints whose service has not arrived.
     pub(super) staged: imbl::HashMap<NamespacedHostname, Endpoints>,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hbone::Identity;
 
 use super::endpoints::Endpoints;
+use super::few::Few;
 use super::service::{Endpoint, Service};
 use super::snapshot::{LocalKey, Mesh, ServiceEntry};
 use super::workload::{NamespacedHostname, NetworkMode, Protocol, Workload};
@@ -187,7 +188,7 @@ impl Store {
                 .by_address
                 .entry(*ip)
                 .or_default()
-                .push_back(workload.clone());
+                .push(workload.clone());
         }
         if let Some(name) = hostname_key(&workload) {
             self.mesh
@@ -206,7 +207,7 @@ impl Store {
                 changes.wanted.push(workload.identity.clone());
             }
         }
-        for (service, ports) in &workload.services {
+        for (service, ports) in workload.services.iter() {
             let endpoint = Endpoint {
                 workload_uid: uid.clone(),
                 ports: ports.clone(),
@@ -262,11 +263,7 @@ impl Store {
         let endpoints = self.take_service(&key);
         let service = Arc::new(service);
         for vip in distinct(service.vips.iter().map(|vip| vip.address)) {
-            self.mesh
-                .by_vip
-                .entry(vip)
-                .or_default()
-                .push_back(key.clone());
+            self.mesh.by_vip.entry(vip).or_default().push(key.clone());
         }
         for range in &service.cidr_vips {
             self.mesh.cidrs.push_back((range.clone(), key.clone()));
@@ -275,7 +272,7 @@ impl Store {
             .by_hostname
             .entry(service.hostname.clone())
             .or_default()
-            .push_back(key.clone());
+            .push(key.clone());
         self.mesh
             .services
             .insert(key, ServiceEntry { service, endpoints });
@@ -353,7 +350,7 @@ fn remove_from<K: std::hash::Hash + Eq + Clone>(
 }
 
 fn remove_key<K: std::hash::Hash + Eq + Clone>(
-    index: &mut imbl::HashMap<K, imbl::Vector<NamespacedHostname>>,
+    index: &mut imbl::HashMap<K, Few<NamespacedHostname>>,
     key: &K,
     owner: &NamespacedHostname,
 ) {

@@ -1,11 +1,12 @@
 //! Workloads: what runs behind an address, and where it may be reached.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use hbone::{Baggage, Identity};
+
+use super::few::SmallMap;
 
 /// An address on a named network; the empty name is the default network.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -121,7 +122,7 @@ pub struct Locality {
 }
 
 /// A service's ports as service port to target port; target 0 is a named port that an endpoint resolves.
-pub type Ports = BTreeMap<u16, u16>;
+pub type Ports = SmallMap<u16, u16>;
 
 /// One workload record of the control plane.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -151,7 +152,7 @@ pub struct Workload {
     /// Selector policies by resource name, `namespace/name`.
     pub authorization_policies: Vec<Arc<str>>,
     /// The services it is an endpoint of, with its own port mapping.
-    pub services: BTreeMap<NamespacedHostname, Ports>,
+    pub services: SmallMap<NamespacedHostname, Ports>,
     /// Its weight among a service's endpoints.
     pub capacity: u32,
 }

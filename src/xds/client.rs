@@ -10,12 +10,14 @@ use prost_types::{Struct, Value};
 use tonic::codec::Streaming;
 use tonic::{Code, Extensions, Request, Status};
 
+use super::names::Names;
 use super::{policies, resources};
 use crate::config::Config;
 use crate::identity::Certificates;
 use crate::identity::channel::Peer;
 use crate::identity::token::Credentials;
 use crate::mesh::Store;
+use crate::mesh::store::AddressResource;
 use crate::mesh_feed::SharedMesh;
 use crate::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::discovery::{
@@ -33,6 +35,12 @@ const LARGEST_MESSAGE: usize = 200 << 20;
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 
+/// Resources of a response that leave enough behind for the allocator to be tidied.
+const MANY: usize = 1000;
+
+/// Resource names and their versions.
+type Held = BTreeMap<Arc<str>, Arc<str>>;
+
 /// The client and everything it feeds.
 pub struct Client {
     peer: Peer,
@@ -43,7 +51,8 @@ pub struct Client {
     certificates: Certificates,
     telemetry: Arc<Telemetry>,
     /// Name to version of what is held, by type; what was rejected is not in it and so is sent again.
-    held: [BTreeMap<String, String>; 2],
+    held: [Held; 2],
+    names: Names,
     /// Whether each type has arrived whole.
     complete: [bool; 2],
     synced: Option<Box<dyn FnOnce() + Send>>,
@@ -80,6 +89,7 @@ impl Client {
             certificates,
             telemetry,
             held: Default::default(),
+            names: Names::default(),
             complete: [false; 2],
             synced: Some(Box::new(synced)),
             connections: 0,
@@ -158,7 +168,10 @@ impl Client {
             let first = DeltaDiscoveryRequest {
                 node: Some(self.node.clone()),
                 type_url: type_url.to_string(),
-                initial_resource_versions: self.held[index].clone(),
+                initial_resource_versions: self.held[index]
+                    .iter()
+                    .map(|(name, version)| (name.to_string(), version.to_string()))
+                    .collect(),
                 ..Default::default()
             };
             if requests.send(first).await.is_err() {
@@ -207,6 +220,7 @@ impl Client {
             bytes as u64,
         );
         let nonce = response.nonce.clone();
+        let many = response.resources.len() >= MANY;
         let rejected = match &*type_url {
             ADDRESS_TYPE => self.take_addresses(response),
             AUTHORIZATION_TYPE => self.take_policies(response),
@@ -215,6 +229,9 @@ impl Client {
                 Vec::new()
             }
         };
+        if many {
+            give_memory_back();
+        }
         let error_detail = (!rejected.is_empty()).then(|| {
             let message = rejected.join("; ");
             tracing::error!("rejected resources of the control plane: {message}");
@@ -237,14 +254,23 @@ impl Client {
         let removals = response.removed_resources;
         removals
             .iter()
-            .for_each(|name| drop(self.held[0].remove(name)));
+            .for_each(|name| drop(self.held[0].remove(name.as_str())));
         for resource in response.resources {
-            let read = decode::<workload::Address>(&resource).and_then(resources::address);
+            let names = &mut self.names;
+            let read = decode::<workload::Address>(&resource)
+                .and_then(|address| resources::address(address, names));
+            let name = match &read {
+                // The store keeps the same text.
+                Ok(AddressResource::Workload(workload)) if *workload.uid == *resource.name => {
+                    workload.uid.clone()
+                }
+                _ => resource.name.as_str().into(),
+            };
             note(
                 &mut self.held[0],
                 &mut rejected,
-                resource.name,
-                resource.version,
+                name,
+                self.names.text(&resource.version),
                 read.map(|read| upserts.push(read)),
             );
         }
@@ -265,7 +291,7 @@ impl Client {
         let (mut upserts, mut rejected) = (Vec::new(), Vec::new());
         for name in &response.removed_resources {
             tracing::info!("handling RBAC delete {name}");
-            self.held[1].remove(name);
+            self.held[1].remove(name.as_str());
         }
         for resource in response.resources {
             let read = decode::<security::Authorization>(&resource);
@@ -281,8 +307,8 @@ impl Client {
             note(
                 &mut self.held[1],
                 &mut rejected,
-                resource.name,
-                resource.version,
+                resource.name.as_str().into(),
+                self.names.text(&resource.version),
                 read,
             );
         }
@@ -307,12 +333,21 @@ impl Client {
     }
 }
 
+/// Returns to the kernel what a large response took while it was read.
+fn give_memory_back() {
+    // SAFETY: the allocator's own function, callable at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Notes a resource as held or refused.
 fn note(
-    held: &mut BTreeMap<String, String>,
+    held: &mut Held,
     rejected: &mut Vec<String>,
-    name: String,
-    version: String,
+    name: Arc<str>,
+    version: Arc<str>,
     read: Result<(), String>,
 ) {
     match read {

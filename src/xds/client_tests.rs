@@ -152,7 +152,7 @@ fn good_resources_of_a_response_count_and_bad_ones_are_refused_by_name_and_field
         (Some("10.0.0.3"), None)
     );
     // What was refused is not claimed to be held, so that it is sent again.
-    let held: Vec<_> = fixture.client.held[0].keys().cloned().collect();
+    let held: Vec<_> = fixture.client.held[0].keys().map(|name| &**name).collect();
     assert_eq!(held, ["new"]);
 }
 

@@ -1,5 +1,6 @@
 //! The control plane's resources: how they are asked for and what they mean.
 
 pub mod client;
+mod names;
 pub mod policies;
 pub mod resources;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hbone::Identity;
 use ipnet::IpNet;
 
+use super::names::Names;
 use crate::mesh::service::{
     BalanceMode, CidrAddress, HealthPolicy, IpFamilies, LoadBalancer, Scope, Service, Visibility,
     WeightedWaypoint,
@@ -22,19 +23,19 @@ use crate::proto::workload as proto;
 ///
 /// # Errors
 /// Which field cannot be used, and why.
-pub fn address(resource: proto::Address) -> Result<AddressResource, String> {
+pub fn address(resource: proto::Address, names: &mut Names) -> Result<AddressResource, String> {
     match resource.r#type {
         Some(proto::address::Type::Workload(record)) => {
-            workload(record).map(AddressResource::Workload)
+            workload(record, names).map(AddressResource::Workload)
         }
         Some(proto::address::Type::Service(record)) => {
-            service(record).map(AddressResource::Service)
+            service(record, names).map(AddressResource::Service)
         }
         None => Err("unknown address type".to_string()),
     }
 }
 
-fn workload(record: proto::Workload) -> Result<Workload, String> {
+fn workload(record: proto::Workload, names: &mut Names) -> Result<Workload, String> {
     if record.uid.is_empty() {
         return Err("uid: must not be empty".to_string());
     }
@@ -57,27 +58,32 @@ fn workload(record: proto::Workload) -> Result<Workload, String> {
         .addresses
         .iter()
         .map(|bytes| ip(bytes).map_err(|error| format!("addresses: {error}")));
-    let mut services = std::collections::BTreeMap::new();
+    let mut services = Vec::with_capacity(record.services.len());
     for (key, list) in record.services {
         let (namespace, hostname) = key
             .split_once('/')
             .ok_or_else(|| format!("services: {key} is not of the form namespace/hostname"))?;
         let name = NamespacedHostname {
-            namespace: namespace.into(),
-            hostname: hostname.into(),
+            namespace: names.text(namespace),
+            hostname: names.text(hostname),
         };
-        services.insert(name, ports(list.ports));
+        services.push((name, ports(list.ports)?));
     }
     Ok(Workload {
-        identity: Identity::new(&trust_domain, &record.namespace, &service_account),
+        identity: names.identity(Identity::new(
+            &trust_domain,
+            &record.namespace,
+            &service_account,
+        )),
         addresses: addresses.collect::<Result<_, _>>()?,
         uid: record.uid.into(),
         name: record.name.into(),
-        namespace: record.namespace.into(),
-        network: record.network.into(),
-        hostname: record.hostname.into(),
-        node: record.node.into(),
-        cluster_id: or(record.cluster_id, "Kubernetes").into(),
+        namespace: names.text(&record.namespace),
+        network: names.text(&record.network),
+        // Mostly empty, else its own.
+        hostname: names.text(&record.hostname),
+        node: names.text(&record.node),
+        cluster_id: names.text(&or(record.cluster_id, "Kubernetes")),
         protocol,
         network_mode: match record.network_mode {
             0 => NetworkMode::Standard,
@@ -96,15 +102,15 @@ fn workload(record: proto::Workload) -> Result<Workload, String> {
             3 => WorkloadType::Job,
             other => return Err(unknown("workload_type", other)),
         },
-        workload_name: record.workload_name.into(),
-        canonical_name: record.canonical_name.into(),
-        canonical_revision: record.canonical_revision.into(),
+        workload_name: names.text(&record.workload_name),
+        canonical_name: names.text(&record.canonical_name),
+        canonical_revision: names.text(&record.canonical_revision),
         locality: record
             .locality
             .map_or_else(Locality::default, |locality| Locality {
-                region: locality.region.into(),
-                zone: locality.zone.into(),
-                subzone: locality.subzone.into(),
+                region: names.text(&locality.region),
+                zone: names.text(&locality.zone),
+                subzone: names.text(&locality.subzone),
             }),
         waypoint: record
             .waypoint
@@ -130,15 +136,15 @@ fn workload(record: proto::Workload) -> Result<Workload, String> {
         native_tunnel: record.native_tunnel,
         authorization_policies: record
             .authorization_policies
-            .into_iter()
-            .map(Arc::from)
+            .iter()
+            .map(|key| names.text(key))
             .collect(),
-        services,
+        services: services.into_iter().collect(),
         capacity: record.capacity.unwrap_or(1),
     })
 }
 
-fn service(record: proto::Service) -> Result<Service, String> {
+fn service(record: proto::Service, names: &mut Names) -> Result<Service, String> {
     let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
     for entry in record.addresses {
         let address = ip(&entry.address).map_err(|error| format!("addresses: {error}"))?;
@@ -172,12 +178,12 @@ fn service(record: proto::Service) -> Result<Service, String> {
         });
     }
     Ok(Service {
-        name: record.name.into(),
-        namespace: record.namespace.into(),
-        hostname: record.hostname.into(),
+        name: names.text(&record.name),
+        namespace: names.text(&record.namespace),
+        hostname: names.text(&record.hostname),
         vips,
         cidr_vips,
-        ports: ports(record.ports),
+        ports: ports(record.ports)?,
         subject_alt_names: record
             .subject_alt_names
             .into_iter()
@@ -259,10 +265,17 @@ fn gateway(record: proto::GatewayAddress) -> Result<GatewayAddress, String> {
     })
 }
 
-fn ports(list: Vec<proto::Port>) -> Ports {
+fn ports(list: Vec<proto::Port>) -> Result<Ports, String> {
+    let port = |name: &str, value: u32| {
+        u16::try_from(value).map_err(|_| format!("ports: {name} {value} is not a port number"))
+    };
     list.into_iter()
-        .map(|port| (port.service_port as u16, port.target_port as u16))
-        .collect()
+        .map(|item| {
+            let service = port("service_port", item.service_port)?;
+            Ok((service, port("target_port", item.target_port)?))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .map(|ports| ports.into_iter().collect())
 }
 
 /// An address from its 4 or 16 bytes.
@@ -301,10 +314,27 @@ mod tests {
         let resource = proto::Address {
             r#type: Some(proto::address::Type::Workload(record)),
         };
-        match address(resource)? {
+        match address(resource, &mut Names::default())? {
             AddressResource::Workload(workload) => Ok(workload),
             AddressResource::Service(_) => panic!("a workload became a service"),
         }
+    }
+
+    #[test]
+    fn ports_that_are_none_are_refused() {
+        let mut wrong = record();
+        let list = |port| proto::PortList {
+            ports: vec![proto::Port {
+                service_port: port,
+                target_port: 80,
+                ..Default::default()
+            }],
+        };
+        wrong.services = [("ns/host".to_string(), list(65_536))].into();
+        let expected = "ports: service_port 65536 is not a port number";
+        assert_eq!(read(wrong.clone()).unwrap_err(), expected);
+        wrong.services = [("ns/host".to_string(), list(65_535))].into();
+        assert!(read(wrong).is_ok());
     }
 
     #[test]
@@ -355,7 +385,7 @@ mod tests {
             assert_eq!(read(record).unwrap_err(), expected);
         }
         assert_eq!(
-            address(proto::Address { r#type: None }).unwrap_err(),
+            address(proto::Address { r#type: None }, &mut Names::default()).unwrap_err(),
             "unknown address type"
         );
     }
@@ -373,7 +403,7 @@ mod tests {
                 visibility: 77,
                 ..Default::default()
             };
-            service(record)
+            service(record, &mut Names::default())
         };
         assert_eq!(read(None).unwrap().vips[0].to_string(), "n/10.96.1.7");
         assert_eq!(read(Some(32)).unwrap().vips.len(), 1);
@@ -399,7 +429,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            service(record).unwrap_err(),
+            service(record, &mut Names::default()).unwrap_err(),
             "load_balancing.routing_preference: unknown value 0"
         );
     }

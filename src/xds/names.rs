@@ -1,0 +1,58 @@
+//! Texts that many resources share, such as namespaces and clusters, kept once.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use hbone::Identity;
+
+/// So many are remembered at most; forgetting them costs copies, never correctness.
+const LIMIT: usize = 1 << 16;
+
+/// The texts met so far.
+#[derive(Debug, Default)]
+pub struct Names {
+    texts: HashSet<Arc<str>>,
+    identities: HashSet<Identity>,
+}
+
+impl Names {
+    /// The text, shared with whoever had it before.
+    pub fn text(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.texts.get(text) {
+            return known.clone();
+        }
+        if self.texts.len() >= LIMIT {
+            self.texts = HashSet::new();
+        }
+        let new: Arc<str> = text.into();
+        self.texts.insert(new.clone());
+        new
+    }
+
+    /// The identity, shared in the same way.
+    pub fn identity(&mut self, identity: Identity) -> Identity {
+        if let Some(known) = self.identities.get(&identity) {
+            return known.clone();
+        }
+        if self.identities.len() >= LIMIT {
+            self.identities = HashSet::new();
+        }
+        self.identities.insert(identity.clone());
+        identity
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_equal_is_kept_once() {
+        let mut names = Names::default();
+        assert!(Arc::ptr_eq(&names.text("a"), &names.text("a")));
+        assert!(!Arc::ptr_eq(&names.text("a"), &names.text("b")));
+        let new = || Identity::new("td", "a", "b");
+        let (first, second) = (names.identity(new()), names.identity(new()));
+        assert_eq!(first.as_str().as_ptr(), second.as_str().as_ptr());
+    }
+}
