@@ -47,6 +47,9 @@ use ready::{ReadyQueue, Token};
 use scratch::Scratch;
 use tunnel::{Request, Shared, Tunnel};
 
+/// How long a worker keeps large buffers that it does not use.
+const REST: Duration = Duration::from_secs(10);
+
 /// The engine of one worker; cheap to clone, not shared between threads.
 #[derive(Clone)]
 pub struct Engine {
@@ -75,6 +78,16 @@ impl Engine {
         tokio::task::spawn_local(tokio::task::unconstrained(poll_fn(move |cx| {
             core.borrow_mut().turn(&queue, cx)
         })));
+        let core = Rc::downgrade(&engine.core);
+        tokio::task::spawn_local(async move {
+            loop {
+                sleep(REST).await;
+                match core.upgrade() {
+                    Some(core) => core.borrow_mut().scratch.rest(),
+                    None => return,
+                }
+            }
+        });
         engine
     }
 

@@ -6,6 +6,8 @@ use super::record::Records;
 pub const SCRATCH: usize = 512 << 10;
 /// Room beside it for frame headers, and for control frames after the last DATA.
 const MARGIN: usize = 16 << 10;
+/// What makes buffers worth being given back, in bytes.
+const LARGE: usize = 64 << 10;
 /// Send buffers that are kept when tunnels have taken one each.
 const SPARE: usize = 2;
 
@@ -23,6 +25,8 @@ pub struct Scratch {
     /// What was in them.
     pub plain: Vec<u8>,
     spare: Vec<Vec<u8>>,
+    /// Whether much was moved since the last rest, and whether there was before.
+    large: [bool; 2],
 }
 
 impl Default for Scratch {
@@ -34,6 +38,7 @@ impl Default for Scratch {
             input: vec![0; SCRATCH],
             plain: vec![0; SCRATCH],
             spare: Vec::new(),
+            large: [false; 2],
         }
     }
 }
@@ -43,6 +48,19 @@ fn sealed() -> Vec<u8> {
 }
 
 impl Scratch {
+    /// Notes that `length` bytes were moved at a time.
+    pub fn note(&mut self, length: usize) {
+        self.large[0] |= length >= LARGE;
+    }
+
+    /// Gives the memory back to the kernel if nothing much was moved since the last call.
+    pub fn rest(&mut self) {
+        match self.large {
+            [false, true] => *self = Self::default(),
+            [large, before] => self.large = [false, large || before],
+        }
+    }
+
     /// Gives away the send buffer with what was not sent of it.
     pub fn take_sealed(&mut self) -> Vec<u8> {
         let next = self.spare.pop().unwrap_or_else(sealed);
@@ -69,5 +87,40 @@ impl Scratch {
         let free = SCRATCH.saturating_sub(self.filled);
         let headers = free.div_ceil(max_frame) * super::frame::HEADER;
         free.saturating_sub(headers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_buffers_are_given_back_after_a_quiet_while() {
+        let mut scratch = Scratch::default();
+        let before = scratch.out.as_ptr();
+        scratch.give_back(sealed());
+        scratch.note(LARGE);
+        scratch.rest();
+        scratch.note(LARGE);
+        scratch.rest();
+        assert_eq!((scratch.spare.len(), scratch.out.as_ptr()), (1, before));
+        scratch.note(LARGE - 1);
+        scratch.rest();
+        assert_eq!(scratch.spare.len(), 0);
+    }
+
+    #[test]
+    fn there_is_room_for_every_header() {
+        let mut scratch = Scratch::default();
+        for max_frame in [16 << 10, 1 << 20] {
+            let room = scratch.room(max_frame);
+            let headers = room.div_ceil(max_frame) * super::super::frame::HEADER;
+            assert!(room > SCRATCH - 1024 && room + headers <= SCRATCH);
+        }
+        assert_eq!(scratch.put(&[1; 100]), 100);
+        assert_eq!(
+            scratch.put(&vec![1; SCRATCH + MARGIN]),
+            SCRATCH + MARGIN - 100
+        );
     }
 }

@@ -276,6 +276,7 @@ impl Tunnel {
                 return Err(Failure::Closed);
             }
             let end = kept + read;
+            scratch.note(end);
             self.open(end, scratch)?;
             if end == SCRATCH {
                 return Ok(true);
@@ -587,6 +588,7 @@ impl Tunnel {
                 return Ok(());
             }
             let filled = std::mem::take(&mut scratch.filled);
+            scratch.note(filled);
             let sealed = self
                 .records
                 .seal(&scratch.out[..filled], &mut scratch.sealed)?;
