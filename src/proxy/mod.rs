@@ -5,6 +5,7 @@ pub mod drain;
 mod inbound;
 mod outbound;
 mod passthrough;
+mod pipes;
 pub mod pod;
 mod pod_dns;
 pub mod pods;
