@@ -2,6 +2,7 @@ use std::cell::RefCell;
 
 use std::net::UdpSocket as StdUdpSocket;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use cni::CaptureConfig;
 use hickory_proto::op::Query;
@@ -10,7 +11,7 @@ use tokio::task::LocalSet;
 use super::*;
 use crate::dns::forward::{self, Sockets};
 use crate::node::testing::{config, linked, namespace, skip};
-use crate::node::{PodNetns, sockets};
+use crate::node::{Connector, PodNetns, Toward, sockets};
 
 /// Knows `web`, `many`, `alias` and `broken`; forwards the rest to nobody.
 #[derive(Default)]
@@ -281,7 +282,7 @@ async fn a_silent_tcp_client_is_let_go() {
 
 /// Knows `web` and forwards the rest to a server from inside a pod.
 struct InPod {
-    pod: PodNetns,
+    pod: Arc<PodNetns>,
     upstream: SocketAddr,
 }
 
@@ -307,7 +308,9 @@ impl Sockets for InPod {
     }
 
     async fn tcp(&self, server: SocketAddr) -> io::Result<TcpStream> {
-        sockets::connect(&self.pod, &config(), server, None).await
+        Connector::new(self.pod.clone(), Arc::new(config()))
+            .connect(server, Toward::Elsewhere)
+            .await
     }
 }
 
@@ -344,7 +347,7 @@ async fn a_captured_pods_queries_are_answered_and_forwarded() {
     });
     let (udp, tcp) = (udp.collect(), tcp.collect());
     let resolver = InPod {
-        pod,
+        pod: Arc::new(pod),
         upstream: upstream.local_addr().unwrap(),
     };
     let serving = serve(Rc::new(resolver), udp, tcp);

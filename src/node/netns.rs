@@ -1,9 +1,11 @@
 //! Network namespaces of pods: entered only to make sockets, which then stay in them.
 
+use std::cell::{Cell, OnceCell};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::rc::Rc;
 
 use nix::sched::{CloneFlags, setns};
 
@@ -44,12 +46,13 @@ impl PodNetns {
     /// Runs something in the namespace, on this thread, and returns to where the thread was.
     ///
     /// `work` must not wait for anything but the kernel. If the thread cannot return, the process ends: a thread in a
-    /// foreign namespace would send one pod's traffic as another's.
+    /// foreign namespace would send one pod's traffic as another's. Where a thread was when it first did this is where
+    /// it belongs; it must not move by itself.
     ///
     /// # Errors
     /// Those of `work`, or when the namespace cannot be entered.
     pub fn run<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let home = File::open("/proc/thread-self/ns/net")?;
+        let stay = Stay::begin()?;
         enter(self.file.as_fd()).map_err(|error| {
             io::Error::new(
                 error.kind(),
@@ -57,17 +60,51 @@ impl PodNetns {
             )
         })?;
         // Only now is there a way back to go.
-        let _home = Home(home);
+        let _home = GoHome(stay);
         work()
     }
 }
 
-/// Brings the thread back when dropped, also by a panic.
-struct Home(File);
+thread_local! {
+    /// The namespace that the thread belongs to, opened when it first leaves it.
+    static HOME: OnceCell<Rc<File>> = const { OnceCell::new() };
+    static AWAY: Cell<bool> = const { Cell::new(false) };
+}
 
-impl Drop for Home {
+/// A thread's stay in a pod; one at a time.
+struct Stay(Rc<File>);
+
+impl Stay {
+    fn begin() -> io::Result<Self> {
+        if AWAY.get() {
+            return Err(io::Error::other(
+                "a pod's network namespace is not entered from within another's",
+            ));
+        }
+        let home = HOME.with(|home| match home.get() {
+            Some(home) => Ok::<_, io::Error>(home.clone()),
+            None => {
+                let opened = File::open("/proc/thread-self/ns/net")?;
+                Ok(home.get_or_init(|| Rc::new(opened)).clone())
+            }
+        })?;
+        AWAY.set(true);
+        Ok(Self(home))
+    }
+}
+
+impl Drop for Stay {
     fn drop(&mut self) {
-        if let Err(error) = enter(self.0.as_fd()) {
+        AWAY.set(false);
+    }
+}
+
+/// Brings the thread back when dropped, also by a panic.
+struct GoHome(Stay);
+
+impl Drop for GoHome {
+    fn drop(&mut self) {
+        if let Err(error) = enter(self.0.0.as_fd()) {
             eprintln!("warren: a thread cannot leave a pod's network namespace: {error}");
             std::process::abort();
         }
@@ -112,6 +149,21 @@ mod tests {
         let work = || pod.run(|| -> io::Result<()> { panic!("in the pod") });
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err());
         assert_eq!(PodNetns::current().unwrap().id(), home);
+    }
+
+    #[test]
+    fn a_pod_is_not_entered_from_within_another() {
+        let (Some(pod), Some(other)) = (namespace(), namespace()) else {
+            return skip("a_pod_is_not_entered_from_within_another");
+        };
+        let home = PodNetns::current().unwrap().id();
+        let nested = pod.run(|| {
+            assert!(other.run(|| Ok(())).is_err());
+            Ok(PodNetns::current()?.id())
+        });
+        assert_eq!(nested.unwrap(), pod.id());
+        assert_eq!(PodNetns::current().unwrap().id(), home);
+        other.run(|| Ok(())).unwrap();
     }
 
     #[test]

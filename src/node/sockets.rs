@@ -1,20 +1,15 @@
-//! The sockets of the data path: listeners and connections inside pods' namespaces, with their options.
+//! The sockets of the data path: listeners inside pods' namespaces, and the options of whatever connects.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener, UdpSocket};
 use std::os::fd::AsFd;
-use std::time::Duration;
 
-use nix::sys::socket::setsockopt;
-use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 
 use super::netns::PodNetns;
 use crate::config::{Config, HBONE_PORT, ListenAddress, OUTBOUND_PORT, PLAINTEXT_PORT};
 
-/// How long a connection may take.
-const CONNECT: Duration = Duration::from_secs(10);
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -65,6 +60,12 @@ fn listen_here(config: &Config, families: Families) -> io::Result<Listeners> {
     let mut tcp = |port| {
         let socket = listener(SocketAddr::new(wildcard, port), config)?;
         transparent &= make_transparent(&socket, wildcard.is_ipv6(), config.original_source)?;
+        // What is accepted inherits these, so that it need not be asked for again and again.
+        let _ = socket.set_tcp_nodelay(true);
+        // Tunnels ping each other.
+        if port != HBONE_PORT {
+            keep_alive(&SockRef::from(&socket), config);
+        }
         Ok::<_, io::Error>(StdListener::from(socket))
     };
     let (outbound, plaintext, hbone) =
@@ -140,7 +141,8 @@ fn bind(
     })
 }
 
-fn mark(socket: &Socket, config: &Config) -> io::Result<()> {
+/// Marks a socket's packets, so that they are not captured again.
+pub(super) fn mark(socket: &Socket, config: &Config) -> io::Result<()> {
     match config.packet_mark {
         None => Ok(()),
         Some(mark) => socket.set_mark(mark).map_err(|error| {
@@ -175,16 +177,8 @@ fn make_transparent(socket: &Socket, ipv6: bool, wanted: Option<bool>) -> io::Re
     }
 }
 
-/// Sets the options of an accepted socket.
-pub fn prepare(socket: &TcpStream, config: &Config, keepalive: bool) {
-    let _ = socket.set_nodelay(true);
-    if keepalive {
-        keep_alive(&SockRef::from(socket), config);
-    }
-}
-
-/// Failures are ignored: a flow without keep-alive is better than none.
-fn keep_alive(socket: &SockRef<'_>, config: &Config) {
+/// Has the kernel look after idle connections, as configured. Failures are ignored: a flow without keep-alive is better than none.
+pub(super) fn keep_alive(socket: &SockRef<'_>, config: &Config) {
     let settings = &config.keepalive;
     if settings.enabled {
         let keepalive = TcpKeepalive::new()
@@ -199,40 +193,6 @@ fn keep_alive(socket: &SockRef<'_>, config: &Config) {
     }
 }
 
-/// Connects from inside a pod's namespace, with the client's own address if `spoof` is given and possible.
-///
-/// # Errors
-/// When nobody answers within the limit, or the kernel's error.
-pub async fn connect(
-    netns: &PodNetns,
-    config: &Config,
-    destination: SocketAddr,
-    spoof: Option<IpAddr>,
-) -> io::Result<TcpStream> {
-    let socket = netns.run(|| {
-        let socket = Socket::new(
-            Domain::for_address(destination),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )?;
-        mark(&socket, config)?;
-        socket.set_nonblocking(true)?;
-        socket.set_tcp_nodelay(true)?;
-        keep_alive(&SockRef::from(&socket), config);
-        if let Some(source) = spoof.filter(|source| *source != destination.ip())
-            && source.is_ipv4() == destination.is_ipv4()
-        {
-            take_source(&socket, source);
-        }
-        Ok(socket)
-    })?;
-    let socket = TcpSocket::from_std_stream(socket.into());
-    match tokio::time::timeout(CONNECT, socket.connect(destination)).await {
-        Ok(connected) => connected,
-        Err(elapsed) => Err(io::Error::new(io::ErrorKind::TimedOut, elapsed)),
-    }
-}
-
 /// A UDP socket in a pod's namespace, connected to a server.
 ///
 /// # Errors
@@ -243,49 +203,26 @@ pub fn udp(
     server: SocketAddr,
 ) -> io::Result<tokio::net::UdpSocket> {
     let socket = netns.run(|| {
-        let socket = Socket::new(
-            Domain::for_address(server),
-            Type::DGRAM,
-            Some(Protocol::UDP),
-        )?;
+        let kind = Type::DGRAM.nonblocking();
+        let socket = Socket::new(Domain::for_address(server), kind, Some(Protocol::UDP))?;
         mark(&socket, config)?;
-        socket.set_nonblocking(true)?;
         socket.connect(&server.into())?;
         Ok(socket)
     })?;
     tokio::net::UdpSocket::from_std(socket.into())
 }
 
-/// Makes a connection come from a foreign address; if that fails it comes from the pod's own.
-fn take_source(socket: &Socket, source: IpAddr) {
-    let options = match source {
-        IpAddr::V4(_) => socket
-            .set_ip_transparent_v4(true)
-            .and_then(|()| socket.set_freebind_v4(true)),
-        IpAddr::V6(_) => socket
-            .set_ip_transparent_v6(true)
-            .and_then(|()| socket.set_freebind_v6(true)),
-    };
-    if let Err(error) = options {
-        tracing::warn!("failed to set freebind: {error}");
-    }
-    // The port is chosen when the destination is known, so that a client is not limited to one range of ports for all
-    // of a pod's. Without the option it is chosen now.
-    let _ = setsockopt(socket, IpBindAddressNoPort, &true);
-    if let Err(error) = socket.bind(&SocketAddr::new(source, 0).into()) {
-        tracing::warn!("failed to bind local addr: {error}");
-    }
-}
-
 /// Where a redirected connection was going: what the kernel remembers, else its own address.
 ///
 /// # Errors
 /// When the connection is already gone.
-pub fn original_destination(socket: &TcpStream) -> io::Result<SocketAddr> {
+pub fn original_destination(socket: &TcpStream, client: SocketAddr) -> io::Result<SocketAddr> {
     let reference = SockRef::from(socket);
-    let remembered = reference
-        .original_dst_v4()
-        .or_else(|_| reference.original_dst_v6());
+    // Both families arrive at one listener, each is remembered in its own table.
+    let remembered = match client.ip().to_canonical().is_ipv4() {
+        true => reference.original_dst_v4(),
+        false => reference.original_dst_v6(),
+    };
     let address = match remembered.map(|address| address.as_socket()) {
         Ok(Some(address)) => address,
         unknown => {

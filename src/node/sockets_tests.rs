@@ -1,7 +1,6 @@
 use std::net::TcpStream as StdStream;
 
 use cni::CaptureConfig;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
@@ -9,16 +8,6 @@ use crate::node::testing::{config, linked, namespace, set, skip};
 
 fn socket(text: &str) -> SocketAddr {
     text.parse().unwrap()
-}
-
-/// An application that listens inside a namespace.
-fn application(netns: &PodNetns, address: &str) -> TcpListener {
-    let listener = netns.run(|| {
-        let listener = StdListener::bind(address)?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
-    TcpListener::from_std(listener.unwrap()).unwrap()
 }
 
 #[test]
@@ -36,8 +25,8 @@ async fn an_unredirected_connection_was_going_where_it_arrived() {
     let listener = TcpListener::bind("[::]:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    let (accepted, _) = listener.accept().await.unwrap();
-    let address = original_destination(&accepted).unwrap();
+    let (accepted, from) = listener.accept().await.unwrap();
+    let address = original_destination(&accepted, from).unwrap();
     assert_eq!(address, SocketAddr::from(([127, 0, 0, 1], port)));
     drop(client);
 }
@@ -151,101 +140,54 @@ async fn a_captured_connection_keeps_where_it_was_going() {
     let outbound = TcpListener::from_std(listeners.outbound).unwrap();
     for wanted in ["10.99.0.1:80", "[fd99::1]:443"] {
         let client = pod.run(|| StdStream::connect(wanted)).unwrap();
-        let (accepted, _) = outbound.accept().await.unwrap();
-        prepare(&accepted, &one, true);
-        assert!(accepted.nodelay().unwrap());
-        assert_eq!(original_destination(&accepted).unwrap(), socket(wanted));
+        let (accepted, from) = outbound.accept().await.unwrap();
+        assert_eq!(
+            original_destination(&accepted, from).unwrap(),
+            socket(wanted)
+        );
         drop(client);
     }
 }
 
-#[tokio::test]
-async fn what_the_proxy_sends_is_not_captured_again() {
+#[test]
+fn accepted_connections_inherit_the_options_of_their_listener() {
     let Some(pod) = namespace() else {
-        return skip("what_the_proxy_sends_is_not_captured_again");
+        return skip("accepted_connections_inherit_the_options_of_their_listener");
     };
-    let gateway = linked(&pod);
-    cni::capture(pod.as_fd(), &CaptureConfig::default()).unwrap();
-    let _listeners = listen(&pod, &config()).unwrap();
-    for address in ["10.77.0.1:80", "[fd77::1]:80"] {
-        let server = application(&gateway, address);
-        let dialled = connect(&pod, &config(), socket(address), None).await;
-        let (accepted, client) = server.accept().await.unwrap();
-        assert_eq!(client, dialled.unwrap().local_addr().unwrap());
-        drop(accepted);
-    }
-}
-
-#[tokio::test]
-async fn an_application_sees_the_clients_own_address() {
-    let Some(pod) = namespace() else {
-        return skip("an_application_sees_the_clients_own_address");
-    };
-    let _gateway = linked(&pod);
-    cni::capture(pod.as_fd(), &CaptureConfig::default()).unwrap();
-    let _listeners = listen(&pod, &config()).unwrap();
-    for (address, client) in [
-        ("10.77.0.2:8080", "10.99.0.7"),
-        ("[fd77::2]:8080", "fd99::7"),
+    let mut one = config();
+    one.workers = 1;
+    one.packet_mark = Some(1337);
+    one.keepalive.time = std::time::Duration::from_secs(77);
+    one.keepalive.interval = std::time::Duration::from_secs(11);
+    one.keepalive.retries = 5;
+    one.keepalive.user_timeout = true;
+    let listeners = listen(&pod, &one).unwrap().remove(0);
+    for (port, listener, kept_alive) in [
+        (15001, &listeners.outbound, true),
+        (15006, &listeners.plaintext, true),
+        (15008, &listeners.hbone, false),
     ] {
-        let server = application(&pod, address);
-        let client: IpAddr = client.parse().unwrap();
-        let config = config();
-        let answering = async {
-            let (mut accepted, from) = server.accept().await.unwrap();
-            let mut question = [0; 4];
-            accepted.read_exact(&mut question).await.unwrap();
-            accepted.write_all(&question).await.unwrap();
-            from.ip()
-        };
-        let asking = async {
-            let mut dialled = connect(&pod, &config, socket(address), Some(client))
-                .await
-                .unwrap();
-            dialled.write_all(b"ping").await.unwrap();
-            let mut answer = [0; 4];
-            dialled.read_exact(&mut answer).await.unwrap();
-            answer
-        };
-        let (answer, seen) = tokio::join!(asking, answering);
-        assert_eq!((&answer, seen), (b"ping", client));
-        // Where the client is the pod itself there is nothing to take over.
-        let own = connect(&pod, &config, socket(address), Some(socket(address).ip())).await;
-        assert_eq!(
-            own.unwrap().local_addr().unwrap().ip(),
-            socket(address).ip()
-        );
-    }
-}
-
-#[tokio::test]
-async fn a_clients_ports_are_not_used_up_by_one_application() {
-    let Some(pod) = namespace() else {
-        return skip("a_clients_ports_are_not_used_up_by_one_application");
-    };
-    let _gateway = linked(&pod);
-    set(&pod, "ipv4/ip_local_port_range", "40000 40009");
-    cni::capture(pod.as_fd(), &CaptureConfig::default()).unwrap();
-    let client: IpAddr = "10.99.0.7".parse().unwrap();
-    let mut open = Vec::new();
-    for port in [8080, 8081] {
-        let address = SocketAddr::from(([10, 77, 0, 2], port));
-        let server = application(&pod, &address.to_string());
-        for _ in 0..8 {
-            let dialled = connect(&pod, &config(), address, Some(client))
-                .await
-                .unwrap();
-            assert_eq!(dialled.local_addr().unwrap().ip(), client);
-            open.push((dialled, server.accept().await.unwrap()));
+        for family in ["127.0.0.1", "[::1]"] {
+            let client = pod.run(|| StdStream::connect(format!("{family}:{port}")));
+            let accepted = loop {
+                match listener.accept() {
+                    Ok((accepted, _)) => break accepted,
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+                }
+            };
+            let accepted = SockRef::from(&accepted);
+            assert!(accepted.tcp_nodelay().unwrap(), "{port}");
+            assert_eq!(accepted.mark().unwrap(), 1337, "{port}");
+            assert_eq!(accepted.keepalive().unwrap(), kept_alive, "{port}");
+            if kept_alive {
+                assert_eq!(accepted.tcp_keepalive_time().unwrap(), one.keepalive.time);
+                let interval = accepted.tcp_keepalive_interval().unwrap();
+                assert_eq!(interval, one.keepalive.interval);
+                assert_eq!(accepted.tcp_keepalive_retries().unwrap(), 5);
+                let timeout = accepted.tcp_user_timeout().unwrap();
+                assert_eq!(timeout, Some(std::time::Duration::from_secs(77 + 5 * 11)));
+            }
+            drop(client);
         }
     }
-}
-
-#[tokio::test]
-async fn a_refused_connection_says_so() {
-    let Some(pod) = namespace() else {
-        return skip("a_refused_connection_says_so");
-    };
-    let error = connect(&pod, &config(), socket("127.0.0.1:9"), None).await;
-    assert_eq!(error.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
 }

@@ -183,7 +183,7 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incoming) {
         proxy_protocol::header(peer.client, destination, peer.identity.as_ref())
     });
     let connected = async {
-        let mut application = pod.connect(dst, Some(peer.client.ip())).await?;
+        let mut application = pod.connect_application(dst, peer.client.ip()).await?;
         if let Some(header) = header {
             application.write_all(&header).await?;
         }

@@ -18,7 +18,7 @@ use crate::telemetry::{Direction, Flow, FlowError};
 
 /// Serves one connection accepted on 15001.
 pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
-    let target = match sockets::original_destination(&socket) {
+    let target = match sockets::original_destination(&socket, client) {
         Ok(target) => target,
         Err(error) => {
             tracing::warn!("failed to read SO_ORIGINAL_DST: {error}");
@@ -149,7 +149,7 @@ async fn plain(
     flow: &Flow,
 ) -> Result<(), FlowError> {
     let far = pod
-        .connect(route.connect, None)
+        .connect(route.connect)
         .await
         .map_err(|error| FlowError {
             text: format!("io error: {error}"),

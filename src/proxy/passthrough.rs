@@ -16,7 +16,7 @@ use crate::telemetry::{Direction, Flow, FlowError};
 
 /// Serves one connection accepted on 15006.
 pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
-    let target = match sockets::original_destination(&socket) {
+    let target = match sockets::original_destination(&socket, client) {
         Ok(target) => target,
         Err(error) => {
             tracing::warn!("failed to read SO_ORIGINAL_DST: {error}");
@@ -68,7 +68,7 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
             flag: "DENY",
         }));
     }
-    let far = match pod.connect(target, Some(client.ip())).await {
+    let far = match pod.connect_application(target, client.ip()).await {
         Ok(far) => far,
         Err(error) => {
             return flow.finish(Err(FlowError {

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::identity::Certificates;
 use crate::mesh::Workload;
 use crate::mesh_feed::SharedMesh;
-use crate::node::{PodNetns, sockets};
+use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
 use crate::telemetry::Telemetry;
 
@@ -50,6 +50,7 @@ pub struct Pod {
     pub spec: Arc<PodSpec>,
     pub shared: Rc<Shared>,
     pub pool: Pool,
+    connector: Connector,
     /// What came from elsewhere to the pod.
     pub inbound: Connections,
     /// What the pod sends elsewhere.
@@ -61,19 +62,11 @@ pub struct Pod {
 }
 
 /// Dials tunnels from inside the pod.
-struct PodDialer {
-    netns: Arc<PodNetns>,
-    config: Arc<Config>,
-}
+struct PodDialer(Connector);
 
 impl Dialer for PodDialer {
     fn dial(&self, destination: SocketAddr) -> LocalBoxFuture<'_, io::Result<TcpStream>> {
-        Box::pin(sockets::connect(
-            &self.netns,
-            &self.config,
-            destination,
-            None,
-        ))
+        Box::pin(self.0.connect(destination, Toward::Elsewhere))
     }
 }
 
@@ -89,13 +82,12 @@ impl Pod {
             unused_release: config.pool_unused_release,
             ..Http2Config::default()
         };
-        let dialer = PodDialer {
-            netns: spec.netns.clone(),
-            config: config.clone(),
-        };
+        let connector = Connector::new(spec.netns.clone(), config.clone());
+        let dialer = PodDialer(connector.clone());
         let seed = std::hash::RandomState::new().build_hasher().finish();
         Self {
             pool: Pool::new(engine, Rc::new(http2), Rc::new(dialer)),
+            connector,
             spec,
             shared,
             inbound: Connections::default(),
@@ -106,17 +98,26 @@ impl Pod {
         }
     }
 
-    /// Connects from inside the pod, with the client's address if `spoof` is given and the pod allows it.
+    /// Connects to an application of the pod, with the client's address if the pod allows that.
     ///
     /// # Errors
     /// The kernel's error, or that nobody answered in time.
-    pub async fn connect(
+    pub async fn connect_application(
         &self,
-        destination: SocketAddr,
-        spoof: Option<IpAddr>,
+        application: SocketAddr,
+        client: IpAddr,
     ) -> io::Result<TcpStream> {
-        let spoof = spoof.filter(|_| self.spec.transparent);
-        sockets::connect(&self.spec.netns, &self.shared.config, destination, spoof).await
+        let client = self.spec.transparent.then_some(client);
+        let toward = Toward::Application(client);
+        self.connector.connect(application, toward).await
+    }
+
+    /// Connects to something elsewhere from inside the pod.
+    ///
+    /// # Errors
+    /// The kernel's error, or that nobody answered in time.
+    pub async fn connect(&self, destination: SocketAddr) -> io::Result<TcpStream> {
+        self.connector.connect(destination, Toward::Elsewhere).await
     }
 
     /// The pod's own workload record; waits a bounded time for it to arrive.

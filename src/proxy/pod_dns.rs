@@ -151,6 +151,6 @@ impl Sockets for PodResolver {
     }
 
     async fn tcp(&self, server: SocketAddr) -> io::Result<TcpStream> {
-        self.pod.connect(server, None).await
+        self.pod.connect(server).await
     }
 }

@@ -17,7 +17,7 @@ use tokio::task::{JoinSet, LocalSet};
 use super::drain::{Drain, DrainHandle, Stage, drain};
 use super::pod::{Pod, PodSpec, Shared};
 use super::{inbound, outbound, passthrough};
-use crate::node::sockets::{self, Listeners};
+use crate::node::sockets::Listeners;
 use crate::telemetry::Direction;
 
 /// How long a listener rests after an accept error such as a shortage of descriptors.
@@ -221,19 +221,19 @@ fn start(
     task(Box::pin(accept(
         pod.clone(),
         TcpListener::from_std(listeners.outbound)?,
-        Kind::OUTBOUND,
+        Direction::Outbound,
         outbound::serve,
     )));
     task(Box::pin(accept(
         pod.clone(),
         TcpListener::from_std(listeners.plaintext)?,
-        Kind::PLAINTEXT,
+        Direction::Inbound,
         passthrough::serve,
     )));
     task(Box::pin(accept(
         pod.clone(),
         TcpListener::from_std(listeners.hbone)?,
-        Kind::HBONE,
+        Direction::Inbound,
         inbound::serve,
     )));
     tokio::task::spawn_local(follow_policy(pod.clone()));
@@ -264,31 +264,8 @@ async fn until(drain: Drain, work: impl Future<Output = ()>) {
     }
 }
 
-/// What tells a pod's listeners apart.
-#[derive(Clone, Copy)]
-struct Kind {
-    direction: Direction,
-    keepalive: bool,
-}
-
-impl Kind {
-    const OUTBOUND: Self = Self {
-        direction: Direction::Outbound,
-        keepalive: true,
-    };
-    const PLAINTEXT: Self = Self {
-        direction: Direction::Inbound,
-        keepalive: true,
-    };
-    /// Tunnels ping each other.
-    const HBONE: Self = Self {
-        direction: Direction::Inbound,
-        keepalive: false,
-    };
-}
-
 /// Accepts until the drain begins, then lets the flows end until they are cut.
-async fn accept<F, S>(pod: Rc<Pod>, listener: TcpListener, kind: Kind, serve: S)
+async fn accept<F, S>(pod: Rc<Pod>, listener: TcpListener, direction: Direction, serve: S)
 where
     F: Future<Output = ()> + 'static,
     S: Fn(Rc<Pod>, TcpStream, SocketAddr) -> F,
@@ -302,8 +279,7 @@ where
                 accepted = listener.accept() => match accepted {
                     Ok((socket, client)) => {
                         let client = hbone::canonical(client);
-                        sockets::prepare(&socket, &pod.shared.config, kind.keepalive);
-                        let open = pod.shared.telemetry.socket(kind.direction);
+                        let open = pod.shared.telemetry.socket(direction);
                         let flow = serve(pod.clone(), socket, client);
                         flows.spawn_local(async move {
                             flow.await;
