@@ -4,7 +4,7 @@ CARGO ?= cargo
 PACKAGES := iptables iproute2 curl
 APT_PACKAGES := $(PACKAGES) gcc g++ make cmake
 
-.PHONY: help demo test lint bench packages
+.PHONY: help demo test lint bench soak packages
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ test: packages ## every test
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+soak: packages ## ten minutes of mixed load, with checksums and a look for leaks (WARREN_SOAK_SECONDS)
+	WARREN_SOAK_SECONDS=$${WARREN_SOAK_SECONDS:-600} $(CARGO) test --test proxy soak -- --nocapture
 
 bench: packages ## what carrying costs: a tunnel beside a plain connection, and a whole mesh
 	$(CARGO) bench -p hbone

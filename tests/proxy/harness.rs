@@ -32,13 +32,25 @@ pub struct Node {
     netns: File,
     folder: PathBuf,
     control: Child,
+    /// Further arguments of the control plane.
+    arguments: Vec<&'static str>,
     proxy: Child,
-    _agent: ZdsServer,
+    agent: ZdsServer,
 }
 
 impl Node {
     /// Starts a node whose pod `web` runs nothing yet; none, with a line that says so, without root.
     pub async fn start(name: &str, variables: &[(&str, &str)]) -> Option<Self> {
+        Self::start_with(name, variables, &[]).await
+    }
+
+    /// The same with further arguments for the control plane.
+    pub async fn start_with(
+        name: &str,
+        variables: &[(&str, &str)],
+        control: &[&'static str],
+    ) -> Option<Self> {
+        let arguments = control.to_vec();
         if !nix::unistd::geteuid().is_root() {
             eprintln!("skipped: tests of the whole proxy need root");
             return None;
@@ -46,7 +58,7 @@ impl Node {
         let folder = std::env::temp_dir().join(format!("wrn-proxy-{}-{name}", std::process::id()));
         std::fs::create_dir_all(folder.join("manifests")).unwrap();
         let netns = namespace();
-        let control = Self::control(&netns, &folder);
+        let control = Self::control(&netns, &folder, &arguments);
         let (root, token) = (
             folder.join("state/root-cert.pem"),
             folder.join("state/tokens/n1"),
@@ -97,15 +109,17 @@ impl Node {
             netns,
             folder,
             control,
+            arguments,
             proxy,
-            _agent: agent,
+            agent,
         })
     }
 
-    fn control(netns: &File, folder: &Path) -> Child {
+    fn control(netns: &File, folder: &Path, arguments: &[&str]) -> Child {
         std::fs::write(folder.join("manifests/all.yaml"), MANIFESTS).unwrap();
         let mut command = Command::new(WARREN);
         command.args(["control", "--listen", "127.0.0.1:15012", "--node", "n1"]);
+        command.args(arguments);
         command
             .arg("--manifests")
             .arg(folder.join("manifests"))
@@ -122,7 +136,26 @@ impl Node {
 
     /// Starts the control plane again.
     pub fn restart_control(&mut self) {
-        self.control = Self::control(&self.netns, &self.folder);
+        self.control = Self::control(&self.netns, &self.folder, &self.arguments);
+    }
+
+    /// The node agent.
+    pub fn agent(&self) -> &ZdsServer {
+        &self.agent
+    }
+
+    /// The proxy's resident memory, in KiB.
+    pub fn memory(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.proxy.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        number.unwrap().parse().unwrap()
+    }
+
+    /// How many descriptors the proxy has open.
+    pub fn descriptors(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.proxy.id());
+        std::fs::read_dir(folder).unwrap().count()
     }
 
     /// Writes another manifest.
@@ -311,7 +344,7 @@ impl Certificate {
 }
 
 /// A namespace with the pod's and the client's addresses.
-fn namespace() -> File {
+pub fn namespace() -> File {
     let made = std::thread::spawn(|| -> io::Result<File> {
         unshare(CloneFlags::CLONE_NEWNET)?;
         let setup = format!(
