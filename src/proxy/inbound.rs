@@ -80,13 +80,13 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
 }
 
 #[derive(Clone)]
-struct Peer {
+pub(super) struct Peer {
     client: SocketAddr,
     local: SocketAddr,
     identity: Option<hbone::Identity>,
 }
 
-async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incoming) {
+pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incoming) {
     let mut flow = Flow::new(
         Direction::Inbound,
         peer.client,
@@ -217,7 +217,7 @@ async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incoming) {
             }));
         }
     };
-    let counters = flow.counters.clone();
+    let counters = flow.counters().clone();
     let result = tokio::select! {
         result = stream.carry(application, &counters) => {
             result.map_err(|error| FlowError { text: error.to_string(), flag: error.flag() })

@@ -134,7 +134,7 @@ async fn tunnel(
         })?;
     tunnelled
         .stream
-        .carry(socket, &flow.counters)
+        .carry(socket, flow.counters())
         .await
         .map_err(|error| FlowError {
             text: error.to_string(),
@@ -155,7 +155,15 @@ async fn plain(
             text: format!("io error: {error}"),
             flag: "CONNECT",
         })?;
-    copied(relay(socket, far, &flow.counters.sent, &flow.counters.received).await)
+    copied(
+        relay(
+            socket,
+            far,
+            &flow.counters().sent,
+            &flow.counters().received,
+        )
+        .await,
+    )
 }
 
 /// What an ended relay means to the log: a connection that a peer broke off is complete.

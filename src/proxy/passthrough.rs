@@ -77,7 +77,7 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
             }));
         }
     };
-    let counters = flow.counters.clone();
+    let counters = flow.counters().clone();
     // The near side is the client: what it sends is what the workload receives.
     let result = tokio::select! {
         result = relay(socket, far, &counters.received, &counters.sent) => copied(result),

@@ -1,18 +1,19 @@
 //! One flow's record: made when it is accepted, filled in as more is learnt, accounted exactly once.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hbone::{Baggage, Counters, Identity};
+use slab::Slab;
 use tracing::Level;
 
 use super::access::{self, Line, Millis};
 use super::log;
-use super::metrics::{Labels, Telemetry, told};
-use super::sink::Sink;
+use super::metrics::Telemetry;
+use super::series::{Series, told};
 use crate::mesh::{Service, Workload};
 
 /// Which side of a flow this node is.
@@ -53,7 +54,7 @@ pub(super) struct Facts {
     pub dst: SocketAddr,
     pub source: Option<Arc<Workload>>,
     /// What the client says of itself.
-    pub derived: Option<Baggage>,
+    pub derived: Option<Box<Baggage>>,
     pub destination: Option<Arc<Workload>>,
     pub service: Option<Arc<Service>>,
     pub hbone_addr: Option<String>,
@@ -63,38 +64,39 @@ pub(super) struct Facts {
 }
 
 /// A flow's record. Dropping it without `finish` accounts the flow as cut by a drain.
-pub struct Flow {
+pub struct Flow(Box<Record>);
+
+struct Record {
     facts: Facts,
     telemetry: Arc<Telemetry>,
     start: Instant,
-    live: Option<Rc<Live>>,
-    /// What the local workload has sent and received.
-    pub counters: Rc<Counters>,
+    /// Its place among the live flows once it is open.
+    live: Option<usize>,
+    counters: Rc<Counters>,
 }
 
 /// An opened flow whose bytes the metrics follow.
 struct Live {
-    labels: Labels,
+    series: Arc<Series>,
     direction: Direction,
-    telemetry: Arc<Telemetry>,
     counters: Rc<Counters>,
-    accounted: Cell<(u64, u64)>,
-    slot: Cell<usize>,
+    /// Sent and received bytes that are in the metrics.
+    accounted: (u64, u64),
 }
 
 thread_local! {
-    static LIVE: RefCell<Vec<Rc<Live>>> = const { RefCell::new(Vec::new()) };
+    static LIVE: RefCell<Slab<Live>> = const { RefCell::new(Slab::new()) };
 }
 
 /// Brings the byte metrics of this thread's open flows up to date.
 pub fn settle() {
-    LIVE.with_borrow(|live| live.iter().for_each(|flow| flow.settle()));
+    LIVE.with_borrow_mut(|live| live.iter_mut().for_each(|(_, flow)| flow.settle()));
 }
 
 impl Live {
-    fn settle(&self) {
+    fn settle(&mut self) {
         let now = (self.counters.sent.get(), self.counters.received.get());
-        let before = self.accounted.replace(now);
+        let before = std::mem::replace(&mut self.accounted, now);
         let (sent, received) = (now.0 - before.0, now.1 - before.1);
         // The metrics count from the client's and the server's side, the flow from the local workload's.
         let (from_client, from_server) = match self.direction {
@@ -102,7 +104,7 @@ impl Live {
             Direction::Inbound => (received, sent),
         };
         if from_client + from_server > 0 {
-            self.telemetry.moved(&self.labels, from_client, from_server);
+            self.series.moved(from_client, from_server);
         }
     }
 }
@@ -115,166 +117,164 @@ impl Flow {
         dst: SocketAddr,
         telemetry: Arc<Telemetry>,
     ) -> Self {
-        Self {
-            facts: Facts {
-                direction,
-                src,
-                dst,
-                source: None,
-                derived: None,
-                destination: None,
-                service: None,
-                hbone_addr: None,
-                mtls: false,
-                source_identity: None,
-            },
+        Self(Box::new(Record {
+            facts: Facts::new(direction, src, dst),
             telemetry,
             start: Instant::now(),
             live: None,
             counters: Rc::default(),
-        }
+        }))
+    }
+
+    /// What the local workload has sent and received.
+    pub fn counters(&self) -> &Rc<Counters> {
+        &self.0.counters
     }
 
     /// The workload that the flow comes from.
     pub fn source(&mut self, workload: Arc<Workload>) {
-        self.facts.source = Some(workload);
+        self.0.facts.source = Some(workload);
     }
 
     /// What the client says of itself, for when its workload is not known.
     pub fn derived_source(&mut self, baggage: Baggage) {
-        self.facts.derived = Some(baggage);
+        self.0.facts.derived = Some(Box::new(baggage));
     }
 
     /// The workload that the flow goes to.
     pub fn destination(&mut self, workload: Arc<Workload>) {
-        self.facts.destination = Some(workload);
+        self.0.facts.destination = Some(workload);
     }
 
     /// The service that was meant.
     pub fn service(&mut self, service: Arc<Service>) {
-        self.facts.service = Some(service);
+        self.0.facts.service = Some(service);
     }
 
     /// What the CONNECT asks for.
     pub fn hbone_addr(&mut self, authority: String) {
-        self.facts.hbone_addr = Some(authority);
+        self.0.facts.hbone_addr = Some(authority);
     }
 
     /// Where the flow really goes, once that is known.
     pub fn dst_addr(&mut self, address: SocketAddr) {
-        self.facts.dst = address;
+        self.0.facts.dst = address;
     }
 
     /// The flow is carried over mutual TLS; `source` is who its source proves to be.
     pub fn mtls(&mut self, source: Option<Identity>) {
-        self.facts.mtls = true;
-        self.facts.source_identity = source;
+        self.0.facts.mtls = true;
+        self.0.facts.source_identity = source;
     }
 
     /// Everything is known: counts the flow as opened.
     pub fn open(&mut self) {
-        let labels = Labels::new(&self.facts, "-");
-        self.telemetry.opened(&labels);
-        let live = Rc::new(Live {
-            labels,
-            direction: self.facts.direction,
-            telemetry: self.telemetry.clone(),
-            counters: self.counters.clone(),
-            accounted: Cell::new((0, 0)),
-            slot: Cell::new(0),
-        });
-        LIVE.with_borrow_mut(|flows| {
-            live.slot.set(flows.len());
-            flows.push(live.clone());
-        });
-        self.live = Some(live);
+        let record = &mut *self.0;
+        let series = record.telemetry.traffic.of(&record.facts, "-");
+        series.open();
+        let live = Live {
+            series,
+            direction: record.facts.direction,
+            counters: record.counters.clone(),
+            accounted: (0, 0),
+        };
+        record.live = Some(LIVE.with_borrow_mut(|flows| flows.insert(live)));
         if tracing::enabled!(target: "access", Level::DEBUG) {
             let mut line = Line::new(log::is_json(), &Level::DEBUG, "connection opened");
-            self.facts.write(&mut line);
-            Sink::process().line(&line.end());
+            record.facts.write(&mut line);
+            line.log();
         }
     }
 
     /// The flow is over.
     pub fn finish(mut self, result: Result<(), FlowError>) {
         match result {
-            Ok(()) => self.account(None, "-"),
-            Err(error) => self.account(Some(&error.text), error.flag),
+            Ok(()) => self.0.account(None, "-"),
+            Err(error) => self.0.account(Some(&error.text), error.flag),
         }
     }
 
     /// The connection is refused before it could be told who wants what.
     pub fn early_deny(self, error: &str) {
-        access::early_deny(
-            self.facts.src,
-            self.facts.dst,
-            self.facts.direction.as_str(),
-            error,
-        );
+        let facts = &self.0.facts;
+        access::early_deny(facts.src, facts.dst, facts.direction.as_str(), error);
     }
+}
 
+impl Record {
     fn account(&mut self, error: Option<&str>, flag: &'static str) {
-        let Some(live) = self.live.take() else { return };
-        live.settle();
-        LIVE.with_borrow_mut(|flows| {
-            let slot = live.slot.get();
-            flows.swap_remove(slot);
-            if let Some(moved) = flows.get(slot) {
-                moved.slot.set(slot);
+        let Some(place) = self.live.take() else {
+            return;
+        };
+        let mut live = LIVE.with_borrow_mut(|flows| {
+            let live = flows.remove(place);
+            if flows.is_empty() {
+                // What a burst of flows needed is not kept.
+                *flows = Slab::new();
             }
+            live
         });
-        let relabelled;
-        let labels = if flag == "-" {
-            &live.labels
-        } else {
-            relabelled = Labels::new(&self.facts, flag);
-            &relabelled
-        };
-        self.telemetry.closed(labels, flag != "-");
-        let level = if error.is_some() {
-            Level::ERROR
-        } else {
-            Level::INFO
-        };
-        let enabled = match error {
-            Some(_) => tracing::enabled!(target: "access", Level::ERROR),
-            None => tracing::enabled!(target: "access", Level::INFO),
+        live.settle();
+        match flag {
+            "-" => live.series.close(false),
+            _ => self.telemetry.traffic.of(&self.facts, flag).close(true),
+        }
+        let (level, enabled) = match error {
+            Some(_) => (
+                Level::ERROR,
+                tracing::enabled!(target: "access", Level::ERROR),
+            ),
+            None => (
+                Level::INFO,
+                tracing::enabled!(target: "access", Level::INFO),
+            ),
         };
         if enabled {
-            let line = self.complete(log::is_json(), &level, self.start.elapsed(), error);
-            Sink::process().line(&line);
+            let duration = self.start.elapsed();
+            self.complete(log::is_json(), &level, duration, error).log();
         }
     }
 
-    fn complete(
-        &self,
-        json: bool,
-        level: &Level,
-        duration: Duration,
-        error: Option<&str>,
-    ) -> String {
+    fn complete(&self, json: bool, level: &Level, duration: Duration, error: Option<&str>) -> Line {
         let mut line = Line::new(json, level, "connection complete");
         self.facts.write(&mut line);
         line.number("bytes_sent", self.counters.sent.get());
         line.number("bytes_recv", self.counters.received.get());
-        line.text("duration", &Millis(duration).to_string());
+        line.quoted("duration", Millis(duration));
         if let Some(error) = error {
             line.text("error", error);
         }
-        line.end()
+        line
     }
 }
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        self.account(Some("connection closed due to connection drain"), "-");
+        self.0
+            .account(Some("connection closed due to connection drain"), "-");
     }
 }
 
 impl Facts {
+    /// Of a connection of which nothing else is known.
+    pub fn new(direction: Direction, src: SocketAddr, dst: SocketAddr) -> Self {
+        Self {
+            direction,
+            src,
+            dst,
+            source: None,
+            derived: None,
+            destination: None,
+            service: None,
+            hbone_addr: None,
+            mtls: false,
+            source_identity: None,
+        }
+    }
+
     /// The fields from `src.addr` to `direction`.
     fn write(&self, line: &mut Line) {
-        let derived = self.derived.as_ref();
+        let derived = self.derived.as_deref();
         line.address("src.addr", self.src);
         match &self.source {
             Some(source) => {

@@ -14,9 +14,15 @@ fn flow(direction: Direction) -> Flow {
     flow.destination(Arc::new(pod("b", "web", "10.1.0.9")));
     flow.service(Arc::new(service("b", "web", "10.96.0.1")));
     flow.hbone_addr("10.1.0.9:8080".to_string());
-    flow.counters.sent.set(11);
-    flow.counters.received.set(22);
+    flow.counters().sent.set(11);
+    flow.counters().received.set(22);
     flow
+}
+
+/// The line of a flow that ended.
+fn text(flow: &Flow, json: bool, level: Level, duration: Duration, error: Option<&str>) -> String {
+    let line = flow.0.complete(json, &level, duration, error);
+    line.with_text(str::to_string)
 }
 
 /// The line without its time.
@@ -37,8 +43,13 @@ const ENDS: &str = "src.addr=10.1.0.7:51000 src.workload=\"cli\" src.namespace=\
 
 #[test]
 fn a_complete_line_names_everything_in_order() {
-    let line =
-        flow(Direction::Outbound).complete(false, &Level::INFO, Duration::from_micros(7900), None);
+    let line = text(
+        &flow(Direction::Outbound),
+        false,
+        Level::INFO,
+        Duration::from_micros(7900),
+        None,
+    );
     let expected = format!(
         "info\taccess\tconnection complete\t{ENDS} direction=\"outbound\" bytes_sent=11 bytes_recv=22 duration=\"7ms\"\n"
     );
@@ -48,10 +59,10 @@ fn a_complete_line_names_everything_in_order() {
 #[test]
 fn a_refusal_ends_with_its_reason() {
     let flow = flow(Direction::Inbound);
-    flow.counters.sent.set(0);
-    flow.counters.received.set(0);
+    flow.counters().sent.set(0);
+    flow.counters().received.set(0);
     let error = "connection closed due to policy rejection: allow policies exist, but none allowed";
-    let line = flow.complete(false, &Level::ERROR, Duration::ZERO, Some(error));
+    let line = text(&flow, false, Level::ERROR, Duration::ZERO, Some(error));
     let expected = format!(
         "error\taccess\tconnection complete\t{ENDS} direction=\"inbound\" bytes_sent=0 bytes_recv=0 duration=\"0ms\" error=\"{error}\"\n"
     );
@@ -60,8 +71,13 @@ fn a_refusal_ends_with_its_reason() {
 
 #[test]
 fn a_json_line_has_the_same_fields() {
-    let line =
-        flow(Direction::Inbound).complete(true, &Level::ERROR, Duration::ZERO, Some("a \"b\"\n"));
+    let line = text(
+        &flow(Direction::Inbound),
+        true,
+        Level::ERROR,
+        Duration::ZERO,
+        Some("a \"b\"\n"),
+    );
     assert_eq!(
         timeless(&line),
         "{\"level\":\"error\",\"time\":\"\",\"scope\":\"access\",\"message\":\"connection complete\",\
@@ -88,7 +104,7 @@ fn an_unknown_client_is_what_its_baggage_says_and_plaintext_has_no_identities() 
         "k8s.cluster.name=c,k8s.namespace.name=n,service.name=s",
     ));
     flow.destination(Arc::new(pod("b", "web", "10.1.0.9")));
-    let line = flow.complete(false, &Level::INFO, Duration::ZERO, None);
+    let line = text(&flow, false, Level::INFO, Duration::ZERO, None);
     assert_eq!(
         timeless(&line),
         "info\taccess\tconnection complete\tsrc.addr=10.1.0.7:51000 src.workload=\"s\" src.namespace=\"n\" \
@@ -105,7 +121,7 @@ fn an_early_denial_is_short() {
     line.text("direction", "outbound");
     line.text("error", "attempted recursive call to ourselves");
     assert_eq!(
-        timeless(&line.end()),
+        timeless(&line.with_text(str::to_string)),
         "warn\taccess\tconnection failed\tsrc.addr=10.1.0.7:51000 dst.addr=127.0.0.1:15001 direction=\"outbound\" \
          error=\"attempted recursive call to ourselves\"\n"
     );
@@ -127,11 +143,11 @@ fn bytes_are_accounted_while_a_flow_is_open_and_only_once() {
             .find(|line| line.starts_with(&format!("{name}{{")));
         value.and_then(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
     };
-    flow.counters.received.set(5);
-    flow.counters.sent.set(7);
+    flow.counters().received.set(5);
+    flow.counters().sent.set(7);
     settle();
     assert_eq!(sample("istio_tcp_received_bytes_total"), Some(5));
-    flow.counters.sent.set(9);
+    flow.counters().sent.set(9);
     flow.finish(Err(FlowError {
         text: "x".to_string(),
         flag: "CONNECT",
@@ -141,4 +157,46 @@ fn bytes_are_accounted_while_a_flow_is_open_and_only_once() {
     assert_eq!(sample("istio_tcp_connections_opened_total"), Some(1));
     assert_eq!(sample("istio_tcp_connections_closed_total"), Some(1));
     assert_eq!(sample("istio_tcp_connections_failed_total"), Some(1));
+}
+
+#[test]
+fn the_text_of_one_line_is_not_in_the_next() {
+    let long = text(
+        &flow(Direction::Outbound),
+        false,
+        Level::INFO,
+        Duration::ZERO,
+        None,
+    );
+    let telemetry = Arc::new(Telemetry::new("test"));
+    let short = Flow::new(
+        Direction::Inbound,
+        "10.1.0.7:51000".parse().unwrap(),
+        "10.1.0.9:80".parse().unwrap(),
+        telemetry,
+    );
+    let short = text(&short, false, Level::INFO, Duration::ZERO, None);
+    assert!(short.len() < long.len());
+    assert_eq!(
+        timeless(&short),
+        "info\taccess\tconnection complete\tsrc.addr=10.1.0.7:51000 dst.addr=10.1.0.9:80 direction=\"inbound\" \
+         bytes_sent=0 bytes_recv=0 duration=\"0ms\"\n"
+    );
+}
+
+#[test]
+fn odd_texts_are_escaped_as_everywhere() {
+    for odd in [
+        "plain",
+        "ü 漢",
+        "a\"b\\c",
+        "tab\tline\n",
+        "\u{1b}[2J\u{7f}",
+        "e\u{301}",
+    ] {
+        let mut line = Line::new(false, &Level::INFO, "m");
+        line.text("key", odd);
+        let text = line.with_text(str::to_string);
+        assert!(text.ends_with(&format!("\tkey={odd:?}\n")), "{text}");
+    }
 }

@@ -1,13 +1,13 @@
 //! The metrics, and their text for a scrape (OpenMetrics 1.0).
 
 use std::collections::BTreeMap;
-use std::collections::HashMap;
 use std::fmt::Write;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::flow::{Direction, Facts};
+use super::flow::Direction;
+use super::series::{Series, SeriesTable};
 use super::sink::Sink;
 
 /// The content type of `Telemetry::encode`.
@@ -15,19 +15,6 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 
 /// Upper bounds of the latency histogram, in seconds.
 const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
-
-/// A rendered label set of the traffic metrics.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Labels(Arc<str>);
-
-#[derive(Default)]
-struct Traffic {
-    opened: u64,
-    closed: u64,
-    failed: u64,
-    from_client: u64,
-    from_server: u64,
-}
 
 /// A counter's samples by rendered label set.
 struct Family {
@@ -52,7 +39,7 @@ type HistogramFamily = (&'static str, BTreeMap<String, Histogram>);
 pub struct Telemetry {
     tag: String,
     start: SystemTime,
-    traffic: Mutex<HashMap<Labels, Traffic>>,
+    pub(super) traffic: SeriesTable,
     counters: Mutex<BTreeMap<&'static str, Family>>,
     histograms: Mutex<BTreeMap<&'static str, HistogramFamily>>,
     gauges: Mutex<BTreeMap<&'static str, Gauge>>,
@@ -81,7 +68,7 @@ impl Telemetry {
         Self {
             tag: tag.to_string(),
             start: SystemTime::now(),
-            traffic: Mutex::default(),
+            traffic: SeriesTable::default(),
             counters: Mutex::default(),
             histograms: Mutex::default(),
             gauges: Mutex::default(),
@@ -131,27 +118,6 @@ impl Telemetry {
         }
         histogram.count += 1;
         histogram.sum += time.as_secs_f64();
-    }
-
-    pub(super) fn opened(&self, labels: &Labels) {
-        lock(&self.traffic)
-            .entry(labels.clone())
-            .or_default()
-            .opened += 1;
-    }
-
-    pub(super) fn closed(&self, labels: &Labels, failed: bool) {
-        let mut traffic = lock(&self.traffic);
-        let samples = traffic.entry(labels.clone()).or_default();
-        samples.closed += 1;
-        samples.failed += u64::from(failed);
-    }
-
-    pub(super) fn moved(&self, labels: &Labels, from_client: u64, from_server: u64) {
-        let mut traffic = lock(&self.traffic);
-        let samples = traffic.entry(labels.clone()).or_default();
-        samples.from_client += from_client;
-        samples.from_server += from_server;
     }
 
     /// All samples in the OpenMetrics text format.
@@ -242,47 +208,45 @@ impl Telemetry {
             "istio_build{{{}}} 1",
             render(&[("component", "ztunnel"), ("tag", &self.tag)])
         );
-        let traffic = lock(&self.traffic);
-        let mut sorted: Vec<_> = traffic.iter().collect();
-        sorted.sort_by(|(a, _), (b, _)| a.0.cmp(&b.0));
-        type Value = fn(&Traffic) -> u64;
+        let sorted = self.traffic.sorted();
+        type Value = fn(&Series) -> &AtomicU64;
         let families: [(&str, &str, Value); 5] = [
             (
                 "istio_tcp_connections_opened",
                 "The total number of TCP connections opened",
-                |t| t.opened,
+                |series| &series.opened,
             ),
             (
                 "istio_tcp_connections_closed",
                 "The total number of TCP connections closed",
-                |t| t.closed,
+                |series| &series.closed,
             ),
             (
                 "istio_tcp_received_bytes",
                 "The size of total bytes received during request in case of a TCP connection",
-                |t| t.from_client,
+                |series| &series.from_client,
             ),
             (
                 "istio_tcp_sent_bytes",
                 "The size of total bytes sent during response in case of a TCP connection",
-                |t| t.from_server,
+                |series| &series.from_server,
             ),
             (
                 "istio_tcp_connections_failed",
                 "The total number of TCP connections that failed to establish (unstable)",
-                |t| t.failed,
+                |series| &series.failed,
             ),
         ];
         for (name, help, value) in families {
-            let mut samples = sorted
+            let samples = sorted
                 .iter()
-                .filter(|(_, traffic)| value(traffic) > 0)
-                .peekable();
+                .map(|series| (series, value(series).load(Ordering::Relaxed)));
+            let mut samples = samples.filter(|(_, value)| *value > 0).peekable();
             if samples.peek().is_some() {
                 head(text, name, "counter", help);
             }
-            for (labels, traffic) in samples {
-                let _ = writeln!(text, "{name}_total{{{}}} {}", labels.0, value(traffic));
+            for (series, value) in samples {
+                let _ = writeln!(text, "{name}_total{{{}}} {value}", series.labels());
             }
         }
         head(
@@ -313,97 +277,6 @@ impl Telemetry {
     }
 }
 
-impl Labels {
-    pub(super) fn new(facts: &Facts, flag: &str) -> Self {
-        let derived = facts.derived.as_ref();
-        let baggage_name = told(derived.map(|derived| &derived.workload_name));
-        let (source, destination, service) = (
-            facts.source.as_deref(),
-            facts.destination.as_deref(),
-            facts.service.as_deref(),
-        );
-        let from =
-            |known: fn(&crate::mesh::Workload) -> &str, otherwise| source.map_or(otherwise, known);
-        let to = |known: fn(&crate::mesh::Workload) -> &str| destination.map_or("", known);
-        let of = |known: fn(&crate::mesh::Service) -> &str| service.map_or("", known);
-        let revision = told(derived.map(|derived| &derived.revision));
-        let labels = [
-            ("reporter", facts.direction.reporter()),
-            ("source_workload", from(|w| &w.workload_name, baggage_name)),
-            (
-                "source_canonical_service",
-                from(
-                    |w| &w.canonical_name,
-                    told(derived.map(|d| &d.service_name)),
-                ),
-            ),
-            (
-                "source_canonical_revision",
-                from(|w| &w.canonical_revision, revision),
-            ),
-            (
-                "source_workload_namespace",
-                from(|w| &w.namespace, told(derived.map(|d| &d.namespace))),
-            ),
-            (
-                "source_principal",
-                facts
-                    .source_identity
-                    .as_ref()
-                    .map_or("", |identity| identity.as_str()),
-            ),
-            ("source_app", from(|w| &w.canonical_name, baggage_name)),
-            ("source_version", from(|w| &w.canonical_revision, revision)),
-            (
-                "source_cluster",
-                from(|w| &w.cluster_id, told(derived.map(|d| &d.cluster))),
-            ),
-            ("destination_service", of(|s| &s.hostname)),
-            ("destination_service_namespace", of(|s| &s.namespace)),
-            ("destination_service_name", of(|s| &s.name)),
-            ("destination_workload", to(|w| &w.workload_name)),
-            ("destination_canonical_service", to(|w| &w.canonical_name)),
-            (
-                "destination_canonical_revision",
-                to(|w| &w.canonical_revision),
-            ),
-            ("destination_workload_namespace", to(|w| &w.namespace)),
-            ("destination_principal", to(|w| w.identity.as_str())),
-            ("destination_app", to(|w| &w.canonical_name)),
-            ("destination_version", to(|w| &w.canonical_revision)),
-            ("destination_cluster", to(|w| &w.cluster_id)),
-            ("request_protocol", "tcp"),
-            ("response_flags", flag),
-            (
-                "connection_security_policy",
-                if facts.mtls { "mutual_tls" } else { "unknown" },
-            ),
-            (
-                "source_region",
-                from(|w| &w.locality.region, told(derived.map(|d| &d.region))),
-            ),
-            (
-                "source_zone",
-                from(|w| &w.locality.zone, told(derived.map(|d| &d.zone))),
-            ),
-            ("destination_region", to(|w| &w.locality.region)),
-            ("destination_zone", to(|w| &w.locality.zone)),
-        ];
-        Self(
-            render(
-                &labels
-                    .map(|(name, value)| (name, if value.is_empty() { "unknown" } else { value })),
-            )
-            .into(),
-        )
-    }
-}
-
-/// A part of a baggage, empty when it is not there.
-pub(super) fn told(value: Option<&Option<String>>) -> &str {
-    value.and_then(|value| value.as_deref()).unwrap_or_default()
-}
-
 fn head(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}");
 }
@@ -416,7 +289,7 @@ fn braced(labels: &str) -> String {
     }
 }
 
-fn render(labels: &[(&str, &str)]) -> String {
+pub(super) fn render(labels: &[(&str, &str)]) -> String {
     let mut text = String::with_capacity(labels.len() * 40);
     for (position, (name, value)) in labels.iter().enumerate() {
         if position > 0 {

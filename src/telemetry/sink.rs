@@ -14,7 +14,7 @@ const BYTES: usize = 8 << 20;
 /// A buffer larger than this is given back after a burst.
 const KEPT: usize = 64 << 10;
 /// Lines of a burst gather this long, so that they share a wake-up and a write.
-const GATHER: Duration = Duration::from_millis(1);
+const GATHER: Duration = Duration::from_millis(4);
 /// How often an output that blocks without waiting is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 /// How long an exit waits for the last lines.

@@ -1,19 +1,49 @@
 //! Timestamps as text.
 
-use std::fmt::Write;
+use std::cell::Cell;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+thread_local! {
+    /// A second since the epoch and its text: most lines are of the same second as the one before.
+    static SECOND: Cell<(u64, [u8; 19])> = const { Cell::new((u64::MAX, [0; 19])) };
+}
 
 /// Appends a time as `YYYY-MM-DDTHH:MM:SS.ffffffZ`, UTC.
 pub fn push_timestamp(text: &mut String, time: SystemTime) {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    let (mut known, mut second) = SECOND.get();
+    if known != since.as_secs() {
+        known = since.as_secs();
+        second = render(known);
+        SECOND.set((known, second));
+    }
+    // Digits and separators, all of them ASCII.
+    text.extend(second.map(char::from));
+    let mut micros = *b".000000Z";
+    digits(&mut micros[1..7], since.subsec_micros().into());
+    text.extend(micros.map(char::from));
+}
+
+/// A second since the epoch; years beyond 9999 are not foreseen.
+fn render(seconds: u64) -> [u8; 19] {
+    let (days, seconds) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
-    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    let micros = since.subsec_micros();
-    let _ = write!(
-        text,
-        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z"
-    );
+    let mut text = *b"0000-00-00T00:00:00";
+    digits(&mut text[..4], year);
+    digits(&mut text[5..7], month);
+    digits(&mut text[8..10], day);
+    digits(&mut text[11..13], seconds / 3600);
+    digits(&mut text[14..16], seconds / 60 % 60);
+    digits(&mut text[17..19], seconds % 60);
+    text
+}
+
+/// Fills a field with a number's last digits.
+fn digits(field: &mut [u8], mut number: u64) {
+    for digit in field.iter_mut().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
 }
 
 /// Year, month and day of a number of days since 1970-01-01 (Gregorian calendar).
