@@ -3,15 +3,17 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use hbone::{Authority, Incoming};
+use hbone::{Authority, Incoming, Stream};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use super::connections::Admission;
+use super::connections::{Admission, Asked, Registration};
 use super::drain::Stage;
+use super::outbound::carry;
 use super::pod::Pod;
 use super::proxy_protocol;
+use super::{Accepted, Refusal};
 use crate::policy::Context;
 use crate::telemetry::{Direction, Flow, FlowError};
 
@@ -24,38 +26,28 @@ pub fn policy_change() -> FlowError {
 }
 
 /// Serves one connection accepted on 15008 until its tunnel has ended.
-pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
+pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
+    let Accepted {
+        socket,
+        client,
+        open: _open,
+    } = accepted;
     let Ok(local) = socket.local_addr() else {
         return;
     };
     let local = hbone::canonical(local);
-    let refuse = |text: &str| {
-        Flow::new(
-            Direction::Inbound,
-            client,
-            local,
-            pod.shared.telemetry.clone(),
-        )
-        .early_deny(text);
-    };
-    let workload = match pod.workload().await {
-        Ok(workload) => workload,
-        Err(error) => return refuse(&error),
-    };
-    let tls = match pod.shared.certificates.fetch(&workload.identity).await {
-        Ok(tls) => tls,
-        Err(error) => return refuse(&format!("signing error: {error}")),
-    };
-    let (engine, config) = (pod.pool.engine(), pod.pool.config());
-    let mut tunnel = match hbone::accept(engine, socket, tls.server_config(), config).await {
+    let mut tunnel = match Box::pin(shake_hands(&pod, socket)).await {
         Ok(tunnel) => tunnel,
-        Err(error) => return refuse(&error.to_string()),
+        Err(error) => {
+            let telemetry = pod.shared.telemetry.clone();
+            return Flow::new(Direction::Inbound, client, local, telemetry).early_deny(&error);
+        }
     };
-    let peer = Peer {
+    let peer = Rc::new(Peer {
         client,
         local,
         identity: tunnel.peer().cloned(),
-    };
+    });
     let mut streams = JoinSet::new();
     let draining = pod.drain.reached(Stage::Draining);
     tokio::pin!(draining);
@@ -79,63 +71,82 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
     while streams.join_next().await.is_some() {}
 }
 
-#[derive(Clone)]
+/// Makes a tunnel of the connection; the error is a text for the log.
+async fn shake_hands(pod: &Pod, socket: TcpStream) -> Result<hbone::ServerTunnel, String> {
+    let workload = pod.workload().await?;
+    let tls = pod.shared.certificates.fetch(&workload.identity).await;
+    let tls = tls.map_err(|error| format!("signing error: {error}"))?;
+    let (engine, config) = (pod.pool.engine(), pod.pool.config());
+    let tunnel = hbone::accept(engine, socket, tls.server_config(), config).await;
+    tunnel.map_err(|error| error.to_string())
+}
+
 pub(super) struct Peer {
     client: SocketAddr,
     local: SocketAddr,
     identity: Option<hbone::Identity>,
 }
 
-pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incoming) {
-    let mut flow = Flow::new(
-        Direction::Inbound,
-        peer.client,
-        peer.local,
-        pod.shared.telemetry.clone(),
-    );
+pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Rc<Peer>, incoming: Incoming) {
+    let telemetry = pod.shared.telemetry.clone();
+    let mut flow = Flow::new(Direction::Inbound, peer.client, peer.local, telemetry);
+    // What is only needed until the flow is open lies in a box that is gone by then.
+    let opened = Box::pin(open(&pod, &peer, incoming, &mut flow)).await;
+    let (stream, application, registration) = match opened {
+        Ok(opened) => opened,
+        Err(Refusal::Early(error)) => return flow.early_deny(&error),
+        Err(Refusal::Failed(error)) => return flow.finish(Err(error)),
+    };
+    drop(peer);
+    let result = tokio::select! {
+        result = carry(stream, application, &flow) => result,
+        () = registration.revoked() => Err(policy_change()),
+    };
+    flow.finish(result);
+}
+
+/// Judges a request, connects to the application and answers.
+async fn open(
+    pod: &Pod,
+    peer: &Peer,
+    mut incoming: Incoming,
+    flow: &mut Flow,
+) -> Result<(Stream, TcpStream, Registration), Refusal> {
+    let early = |incoming: Incoming, status, error| {
+        incoming.refuse(status);
+        Refusal::Early(error)
+    };
     if incoming.method() != "CONNECT" {
-        flow.early_deny(&format!(
-            "expected method CONNECT, got {}",
-            incoming.method()
-        ));
-        return incoming.refuse(400);
+        let error = format!("expected method CONNECT, got {}", incoming.method());
+        return Err(early(incoming, 400, error));
     }
     let authority: Authority = match incoming.authority().parse() {
         Ok(authority) => authority,
         Err(_) => {
-            flow.early_deny(&format!(
-                "no valid authority pseudo header: {}",
-                incoming.authority()
-            ));
-            return incoming.refuse(400);
+            let error = format!("no valid authority pseudo header: {}", incoming.authority());
+            return Err(early(incoming, 400, error));
         }
     };
     let workload = match pod.workload().await {
         Ok(workload) => workload,
-        Err(error) => {
-            flow.early_deny(&error);
-            return incoming.refuse(503);
-        }
+        Err(error) => return Err(early(incoming, 503, error)),
     };
     let mesh = pod.shared.mesh.load();
+    let forwarded_host = incoming.headers.forwarded_host();
     let target = match mesh.inbound_target(
         &workload,
         &authority,
         peer.local.ip(),
-        incoming.headers.forwarded_host().as_deref(),
+        forwarded_host.as_deref(),
     ) {
         Ok(target) => target,
-        Err(refusal) => {
-            drop(mesh);
-            flow.early_deny(&refusal.text);
-            return incoming.refuse(refusal.status);
-        }
+        Err(refusal) => return Err(early(incoming, refusal.status, refusal.text)),
     };
     let dst = SocketAddr::new(peer.local.ip(), target.connect_port);
     let registration = pod.inbound.register(Admission {
         src: peer.client,
         dst,
-        original: incoming.headers.forwarded_host(),
+        original: forwarded_host.map_or(Asked::Nothing, |host| Asked::Host(host.into())),
         protocol: if peer.identity.is_some() {
             "HBONE"
         } else {
@@ -163,18 +174,16 @@ pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incomin
         flow.service(service);
     }
     flow.open();
-    let verdict = mesh.verdict(
-        &workload,
-        &Context {
-            identity: peer.identity.as_ref(),
-            src: peer.client,
-            dst,
-        },
-    );
+    let context = Context {
+        identity: peer.identity.as_ref(),
+        src: peer.client,
+        dst,
+    };
+    let verdict = mesh.verdict(&workload, &context);
     drop(mesh);
     if let Some(reason) = verdict.refusal() {
         incoming.refuse(401);
-        return flow.finish(Err(FlowError {
+        return Err(Refusal::Failed(FlowError {
             text: format!("connection closed due to policy rejection: {reason}"),
             flag: "DENY",
         }));
@@ -197,32 +206,19 @@ pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Peer, mut incoming: Incomin
         Ok(application) => application,
         Err(error) => {
             incoming.refuse(503);
-            return flow.finish(Err(FlowError {
+            return Err(Refusal::Failed(FlowError {
                 text: format!("connection failed: {error}"),
                 flag: "CONNECT",
             }));
         }
     };
-    let baggage = pod
-        .shared
-        .config
-        .response_baggage
-        .then(|| pod.baggage(&workload));
-    let stream = match incoming.accept(baggage.as_deref()) {
-        Ok(stream) => stream,
-        Err(error) => {
-            return flow.finish(Err(FlowError {
-                text: format!("h2 failed: {error}"),
-                flag: "H2_HANDSHAKE_FAILURE",
-            }));
-        }
-    };
-    let counters = flow.counters().clone();
-    let result = tokio::select! {
-        result = stream.carry(application, &counters) => {
-            result.map_err(|error| FlowError { text: error.to_string(), flag: error.flag() })
-        }
-        () = registration.revoked() => Err(policy_change()),
-    };
-    flow.finish(result);
+    let responds = pod.shared.config.response_baggage;
+    let baggage = responds.then(|| pod.baggage(&workload));
+    match incoming.accept(baggage.as_deref()) {
+        Ok(stream) => Ok((stream, application, registration)),
+        Err(error) => Err(Refusal::Failed(FlowError {
+            text: format!("h2 failed: {error}"),
+            flag: "H2_HANDSHAKE_FAILURE",
+        })),
+    }
 }

@@ -4,12 +4,13 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use hbone::{ConnectHeaders, PoolKey};
+use hbone::{ConnectHeaders, PoolKey, Stream};
 use tokio::net::TcpStream;
 
-use super::connections::Admission;
+use super::connections::{Admission, Asked, Registration};
 use super::pod::Pod;
 use super::relay::relay;
+use super::{Accepted, Refusal};
 use crate::config::ILLEGAL_PORTS;
 use crate::mesh::Workload;
 use crate::mesh::route::{self, Route, RouteKind};
@@ -17,61 +18,70 @@ use crate::node::sockets;
 use crate::telemetry::{Direction, Flow, FlowError};
 
 /// Serves one connection accepted on 15001.
-pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
+pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
+    let Accepted {
+        socket,
+        client,
+        open: _open,
+    } = accepted;
     let target = match sockets::original_destination(&socket, client) {
         Ok(target) => target,
         Err(error) => {
-            tracing::warn!("failed to read SO_ORIGINAL_DST: {error}");
+            tracing::error!("Failed TCP handshake {error}");
             return;
         }
     };
-    let flow = Flow::new(
-        Direction::Outbound,
-        client,
-        target,
-        pod.shared.telemetry.clone(),
-    );
-    if target.ip().is_loopback() && ILLEGAL_PORTS.contains(&target.port()) {
-        flow.early_deny("attempted recursive call to ourselves");
-        return;
-    }
-    let source = match pod.workload().await {
-        Ok(source) => source,
-        Err(error) => return flow.early_deny(&error),
+    let telemetry = pod.shared.telemetry.clone();
+    let mut flow = Flow::new(Direction::Outbound, client, target, telemetry);
+    // What is only needed until the flow is open lies in a box that is gone by then.
+    let opened = Box::pin(open(&pod, client, target, &mut flow)).await;
+    let result = match opened {
+        Ok((Far::Tunnel(stream), _registration)) => carry(stream, socket, &flow).await,
+        Ok((Far::Socket(far), _registration)) => {
+            let counters = flow.counters();
+            copied(relay(socket, far, &counters.sent, &counters.received).await)
+        }
+        Err(Refusal::Early(error)) => return flow.early_deny(&error),
+        Err(Refusal::Failed(error)) => Err(error),
     };
+    flow.finish(result);
+}
+
+/// What a flow goes on through.
+enum Far {
+    Tunnel(Stream),
+    Socket(TcpStream),
+}
+
+/// Finds where the flow goes and connects there.
+async fn open(
+    pod: &Pod,
+    client: SocketAddr,
+    target: SocketAddr,
+    flow: &mut Flow,
+) -> Result<(Far, Registration), Refusal> {
+    if target.ip().is_loopback() && ILLEGAL_PORTS.contains(&target.port()) {
+        let error = "attempted recursive call to ourselves";
+        return Err(Refusal::Early(error.to_string()));
+    }
+    let source = pod.workload().await.map_err(Refusal::Early)?;
     let route = {
         let mesh = pod.shared.mesh.load();
         route::decide(&mesh, &source, client, target, &mut |bound| {
             pod.random(bound)
         })
+        .map_err(|error| Refusal::Early(error.to_string()))?
     };
-    match route {
-        Err(error) => flow.early_deny(&error.to_string()),
-        Ok(route) => {
-            let _registration = pod.outbound.register(Admission {
-                src: client,
-                dst: route.connect,
-                original: Some(target.to_string()),
-                protocol: if route.kind == RouteKind::Hbone {
-                    "HBONE"
-                } else {
-                    "TCP"
-                },
-                identity: None,
-            });
-            follow(&pod, socket, client, source, route, flow).await;
-        }
-    }
-}
-
-async fn follow(
-    pod: &Rc<Pod>,
-    socket: TcpStream,
-    client: SocketAddr,
-    source: Arc<Workload>,
-    route: Route,
-    mut flow: Flow,
-) {
+    let registration = pod.outbound.register(Admission {
+        src: client,
+        dst: route.connect,
+        original: Asked::Address(target),
+        protocol: match route.kind {
+            RouteKind::Hbone => "HBONE",
+            RouteKind::Tcp | RouteKind::Passthrough => "TCP",
+        },
+        identity: None,
+    });
     flow.source(source.clone());
     flow.dst_addr(route.connect);
     if let Some(workload) = &route.workload {
@@ -80,43 +90,46 @@ async fn follow(
     if let Some(service) = &route.service {
         flow.service(service.clone());
     }
-    let result = match route.kind {
-        RouteKind::Hbone => tunnel(pod, socket, client, &source, &route, &mut flow).await,
+    let far = match route.kind {
+        RouteKind::Hbone => {
+            let stream = tunnel(pod, source, route, client, flow).await;
+            Far::Tunnel(stream.map_err(Refusal::Failed)?)
+        }
         RouteKind::Tcp | RouteKind::Passthrough => {
             flow.open();
-            plain(pod, socket, &route, &flow).await
+            let far = pod.connect(route.connect).await.map_err(|error| FlowError {
+                text: format!("io error: {error}"),
+                flag: "CONNECT",
+            });
+            Far::Socket(far.map_err(Refusal::Failed)?)
         }
     };
-    flow.finish(result);
+    Ok((far, registration))
 }
 
+/// Opens a stream for the flow.
 async fn tunnel(
-    pod: &Rc<Pod>,
-    socket: TcpStream,
+    pod: &Pod,
+    source: Arc<Workload>,
+    route: Route,
     client: SocketAddr,
-    source: &Arc<Workload>,
-    route: &Route,
     flow: &mut Flow,
-) -> Result<(), FlowError> {
-    let authority = route.authority.clone().unwrap_or_default();
+) -> Result<Stream, FlowError> {
+    let authority = route.authority.unwrap_or_default();
     flow.mtls(Some(source.identity.clone()));
     flow.hbone_addr(authority.clone());
     flow.open();
-    let mut forwarded = format!("for=\"{client}\"");
-    if let Some(service) = &route.service {
-        forwarded.push_str(";host=");
-        forwarded.push_str(&service.hostname);
-    }
+    let host = route.service.as_ref().map(|service| &*service.hostname);
     let headers = ConnectHeaders {
         authority,
-        baggage: Some(pod.baggage(source).to_string()),
-        forwarded: Some(forwarded),
+        baggage: Some(pod.baggage(&source).to_string()),
+        forwarded: Some(forwarded(client, host)),
         traceparent: Some(pod.traceparent()),
         forwarded_network: None,
     };
     let key = PoolKey {
         src: source.identity.clone(),
-        expected: route.expected.clone(),
+        expected: route.expected,
         dst: route.connect,
         src_ip: client.ip(),
     };
@@ -124,46 +137,32 @@ async fn tunnel(
         let (certificates, identity) = (pod.shared.certificates.clone(), source.identity.clone());
         async move { certificates.fetch(&identity).await.map_err(Into::into) }
     };
-    let tunnelled = pod
-        .pool
-        .open(&key, tls, &headers)
-        .await
-        .map_err(|error| FlowError {
+    match pod.pool.open(&key, tls, &headers).await {
+        Ok(tunnelled) => Ok(tunnelled.stream),
+        Err(error) => Err(FlowError {
             text: error.to_string(),
             flag: error.flag(),
-        })?;
-    tunnelled
-        .stream
+        }),
+    }
+}
+
+/// A `forwarded` header (RFC 7239).
+fn forwarded(client: SocketAddr, host: Option<&str>) -> String {
+    match host {
+        Some(host) => format!("for=\"{client}\";host={host}"),
+        None => format!("for=\"{client}\""),
+    }
+}
+
+/// Has the tunnel carry the flow's bytes until both directions have ended.
+pub async fn carry(stream: Stream, socket: TcpStream, flow: &Flow) -> Result<(), FlowError> {
+    stream
         .carry(socket, flow.counters())
         .await
         .map_err(|error| FlowError {
             text: error.to_string(),
             flag: error.flag(),
         })
-}
-
-async fn plain(
-    pod: &Rc<Pod>,
-    socket: TcpStream,
-    route: &Route,
-    flow: &Flow,
-) -> Result<(), FlowError> {
-    let far = pod
-        .connect(route.connect)
-        .await
-        .map_err(|error| FlowError {
-            text: format!("io error: {error}"),
-            flag: "CONNECT",
-        })?;
-    copied(
-        relay(
-            socket,
-            far,
-            &flow.counters().sent,
-            &flow.counters().received,
-        )
-        .await,
-    )
 }
 
 /// What an ended relay means to the log: a connection that a peer broke off is complete.

@@ -5,17 +5,25 @@ use std::rc::Rc;
 
 use tokio::net::TcpStream;
 
-use super::connections::Admission;
+use super::connections::{Admission, Asked, Registration};
+use super::inbound::policy_change;
 use super::outbound::copied;
 use super::pod::Pod;
 use super::relay::relay;
+use super::{Accepted, Refusal};
 use crate::config::ILLEGAL_PORTS;
+use crate::mesh::Workload;
 use crate::node::sockets;
 use crate::policy::Context;
 use crate::telemetry::{Direction, Flow, FlowError};
 
 /// Serves one connection accepted on 15006.
-pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
+pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
+    let Accepted {
+        socket,
+        client,
+        open: _open,
+    } = accepted;
     let target = match sockets::original_destination(&socket, client) {
         Ok(target) => target,
         Err(error) => {
@@ -23,65 +31,81 @@ pub async fn serve(pod: Rc<Pod>, socket: TcpStream, client: SocketAddr) {
             return;
         }
     };
-    let mut flow = Flow::new(
-        Direction::Inbound,
-        client,
-        target,
-        pod.shared.telemetry.clone(),
-    );
-    if ILLEGAL_PORTS.contains(&target.port()) {
-        return flow.early_deny("attempted recursive call to ourselves");
-    }
-    let workload = match pod.workload().await {
-        Ok(workload) => workload,
-        Err(error) => return flow.early_deny(&error),
+    let telemetry = pod.shared.telemetry.clone();
+    let mut flow = Flow::new(Direction::Inbound, client, target, telemetry);
+    // What is only needed until the flow is open lies in a box that is gone by then.
+    let opened = Box::pin(open(&pod, client, target, &mut flow)).await;
+    let (far, registration) = match opened {
+        Ok(opened) => opened,
+        Err(Refusal::Early(error)) => return flow.early_deny(&error),
+        Err(Refusal::Failed(error)) => return flow.finish(Err(error)),
     };
-    let registration = pod.inbound.register(Admission {
-        src: client,
-        dst: target,
-        original: Some(target.to_string()),
-        protocol: "TCP",
-        identity: None,
-    });
-    let verdict = {
-        let mesh = pod.shared.mesh.load();
-        if let Some(source) = mesh.workload_by_ip(&pod.shared.config.network, &client.ip()) {
-            flow.source(source.clone());
-        }
-        flow.destination(workload.clone());
-        if let Some(service) = mesh.inbound_service(&workload, target.port(), None) {
-            flow.service(service);
-        }
-        mesh.verdict(
-            &workload,
-            &Context {
-                identity: None,
-                src: client,
-                dst: target,
-            },
-        )
-    };
-    flow.open();
-    if let Some(reason) = verdict.refusal() {
-        return flow.finish(Err(FlowError {
-            text: format!("connection closed due to policy rejection: {reason}"),
-            flag: "DENY",
-        }));
-    }
-    let far = match pod.connect_application(target, client.ip()).await {
-        Ok(far) => far,
-        Err(error) => {
-            return flow.finish(Err(FlowError {
-                text: format!("connection failed: {error}"),
-                flag: "CONNECT",
-            }));
-        }
-    };
-    let counters = flow.counters().clone();
+    let counters = flow.counters();
     // The near side is the client: what it sends is what the workload receives.
     let result = tokio::select! {
         result = relay(socket, far, &counters.received, &counters.sent) => copied(result),
-        () = registration.revoked() => Err(super::inbound::policy_change()),
+        () = registration.revoked() => Err(policy_change()),
     };
     flow.finish(result);
+}
+
+/// Judges the flow and connects to the application.
+async fn open(
+    pod: &Pod,
+    client: SocketAddr,
+    target: SocketAddr,
+    flow: &mut Flow,
+) -> Result<(TcpStream, Registration), Refusal> {
+    if ILLEGAL_PORTS.contains(&target.port()) {
+        let error = "attempted recursive call to ourselves";
+        return Err(Refusal::Early(error.to_string()));
+    }
+    let workload = pod.workload().await.map_err(Refusal::Early)?;
+    let registration = admit(pod, &workload, client, target, flow).map_err(Refusal::Failed)?;
+    match pod.connect_application(target, client.ip()).await {
+        Ok(far) => Ok((far, registration)),
+        Err(error) => Err(Refusal::Failed(FlowError {
+            text: format!("connection failed: {error}"),
+            flag: "CONNECT",
+        })),
+    }
+}
+
+/// Counts the flow as opened and lets it in, or says why not.
+fn admit(
+    pod: &Pod,
+    workload: &std::sync::Arc<Workload>,
+    client: SocketAddr,
+    target: SocketAddr,
+    flow: &mut Flow,
+) -> Result<Registration, FlowError> {
+    let registration = pod.inbound.register(Admission {
+        src: client,
+        dst: target,
+        original: Asked::Address(target),
+        protocol: "TCP",
+        identity: None,
+    });
+    let mesh = pod.shared.mesh.load();
+    if let Some(source) = mesh.workload_by_ip(&pod.shared.config.network, &client.ip()) {
+        flow.source(source.clone());
+    }
+    flow.destination(workload.clone());
+    if let Some(service) = mesh.inbound_service(workload, target.port(), None) {
+        flow.service(service);
+    }
+    let context = Context {
+        identity: None,
+        src: client,
+        dst: target,
+    };
+    let verdict = mesh.verdict(workload, &context);
+    flow.open();
+    match verdict.refusal() {
+        None => Ok(registration),
+        Some(reason) => Err(FlowError {
+            text: format!("connection closed due to policy rejection: {reason}"),
+            flag: "DENY",
+        }),
+    }
 }

@@ -24,6 +24,9 @@ use tokio::net::TcpStream;
 /// How long a flow waits for the record of its own workload.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
 
+/// So many live flows are judged anew in one go.
+const RECHECKED: usize = 256;
+
 /// What every pod of the process shares.
 #[derive(Clone)]
 pub struct Shared {
@@ -125,9 +128,14 @@ impl Pod {
     /// # Errors
     /// The text for the log when it does not arrive.
     pub async fn workload(&self) -> Result<Arc<Workload>, String> {
-        if let Some(workload) = self.known_workload() {
-            return Ok(workload);
+        match self.known_workload() {
+            Some(workload) => Ok(workload),
+            // In a box of its own: flows hardly ever wait.
+            None => Box::pin(self.awaited_workload()).await,
         }
+    }
+
+    async fn awaited_workload(&self) -> Result<Arc<Workload>, String> {
         let mut changes = self.shared.mesh.subscribe();
         let arrival = async {
             loop {
@@ -199,32 +207,40 @@ impl Pod {
         format!("00-{:016x}{:016x}-{:016x}-00", part(), part(), part())
     }
 
-    /// Judges the admitted flows anew and cuts those that policy no longer allows.
-    pub fn recheck(&self) {
+    /// Judges the admitted flows anew and cuts those that policy no longer allows; lets others have their turn meanwhile.
+    pub async fn recheck(&self) {
         let Some(workload) = self.known_workload() else {
             return;
         };
-        let mesh = self.shared.mesh.load();
-        let cut = self.inbound.revoke(|flow| {
-            let context = Context {
-                identity: flow.identity.as_ref(),
-                src: flow.src,
-                dst: flow.dst,
-            };
-            let verdict = mesh.verdict(&workload, &context);
-            verdict.is_allowed() || !verdict.is_certain()
-        });
-        for flow in cut {
-            let identity = flow
-                .identity
-                .as_ref()
-                .map_or_else(|| "None".to_string(), ToString::to_string);
-            tracing::info!(
-                "connection {}({identity})->{} ({}) closed because it's no longer allowed after a policy update",
-                flow.src,
-                flow.dst,
-                workload.uid,
-            );
+        let mut next = Some(0);
+        while let Some(first) = next {
+            let mesh = self.shared.mesh.load();
+            let (cut, rest) = self.inbound.revoke(first, RECHECKED, |flow| {
+                let context = Context {
+                    identity: flow.identity.as_ref(),
+                    src: flow.src,
+                    dst: flow.dst,
+                };
+                let verdict = mesh.verdict(&workload, &context);
+                verdict.is_allowed() || !verdict.is_certain()
+            });
+            drop(mesh);
+            for flow in cut {
+                let identity = flow
+                    .identity
+                    .as_ref()
+                    .map_or_else(|| "None".to_string(), ToString::to_string);
+                tracing::info!(
+                    "connection {}({identity})->{} ({}) closed because it's no longer allowed after a policy update",
+                    flow.src,
+                    flow.dst,
+                    workload.uid,
+                );
+            }
+            next = rest;
+            if next.is_some() {
+                tokio::task::yield_now().await;
+            }
         }
     }
 }

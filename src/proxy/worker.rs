@@ -4,19 +4,18 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hbone::Engine;
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
 use super::drain::{Drain, DrainHandle, Stage, drain};
 use super::pod::{Pod, PodSpec, Shared};
-use super::{inbound, outbound, passthrough};
+use super::{Accepted, inbound, outbound, passthrough};
 use crate::node::sockets::Listeners;
 use crate::telemetry::Direction;
 
@@ -268,7 +267,7 @@ async fn until(drain: Drain, work: impl Future<Output = ()>) {
 async fn accept<F, S>(pod: Rc<Pod>, listener: TcpListener, direction: Direction, serve: S)
 where
     F: Future<Output = ()> + 'static,
-    S: Fn(Rc<Pod>, TcpStream, SocketAddr) -> F,
+    S: Fn(Rc<Pod>, Accepted) -> F,
 {
     let mut flows = JoinSet::new();
     {
@@ -278,13 +277,12 @@ where
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((socket, client)) => {
-                        let client = hbone::canonical(client);
-                        let open = pod.shared.telemetry.socket(direction);
-                        let flow = serve(pod.clone(), socket, client);
-                        flows.spawn_local(async move {
-                            flow.await;
-                            drop(open);
-                        });
+                        let accepted = Accepted {
+                            socket,
+                            client: hbone::canonical(client),
+                            open: pod.shared.telemetry.socket(direction),
+                        };
+                        flows.spawn_local(serve(pod.clone(), accepted));
                     }
                     Err(error) => {
                         tracing::error!("Failed TCP handshake {error}");
@@ -316,7 +314,7 @@ async fn follow_policy(pod: Rc<Pod>) {
     let mut changes = pod.shared.mesh.subscribe();
     let follow = async {
         while changes.changed().await.is_ok() {
-            pod.recheck();
+            pod.recheck().await;
         }
     };
     tokio::select! {

@@ -11,4 +11,4 @@ mod sink;
 pub mod time;
 
 pub use flow::{Direction, Flow, FlowError, settle};
-pub use metrics::Telemetry;
+pub use metrics::{OpenSocket, Telemetry};
