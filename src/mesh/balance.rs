@@ -249,7 +249,7 @@ mod tests {
             ["sick", "well"]
         );
         let mut unreachable = well();
-        unreachable.addresses.clear();
+        unreachable.addresses = Default::default();
         assert!(picks(web(), vec![unreachable], 80).is_empty());
     }
 
@@ -271,9 +271,9 @@ mod tests {
         for (network, hostname, gateway, picked) in cases {
             let told = format!("{network} {hostname} {gateway:?}");
             let mut bare = pod("b", "bare", "10.0.0.2");
-            bare.addresses.clear();
+            bare.addresses = Default::default();
             (bare.network, bare.hostname) = (network.into(), hostname.into());
-            bare.network_gateway = gateway;
+            bare.network_gateway = gateway.map(Box::new);
             let found = picks(service("b", "web", "10.96.0.1"), vec![bare], 80);
             assert_eq!(!found.is_empty(), picked, "{told}");
         }

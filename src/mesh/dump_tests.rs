@@ -6,9 +6,7 @@ use super::*;
 use crate::mesh::service::{CidrAddress, LoadBalancer, Service, WeightedWaypoint};
 use crate::mesh::store::{AddressResource as Resource, Store};
 use crate::mesh::testing::{key, mesh, pod, service, serving};
-use crate::mesh::workload::{
-    ApplicationTunnel, GatewayDestination, Locality, NetworkAddress, WorkloadType,
-};
+use crate::mesh::workload::{ApplicationTunnel, GatewayDestination, NetworkAddress, WorkloadType};
 use crate::policy::model::ServiceAccount;
 
 /// What the dump shows of a pod after a change to its record; `Null` for keys it leaves out.
@@ -77,7 +75,11 @@ fn empty_things_are_left_out_and_the_rest_is_named_as_agreed() {
 fn every_key_of_a_workload_has_its_form() {
     type Change = fn(&mut Workload);
     let cases: [(&str, Change, Value); 27] = [
-        ("workloadIps", |w| w.addresses.clear(), json!([])),
+        (
+            "workloadIps",
+            |w| w.addresses = Default::default(),
+            json!([]),
+        ),
         (
             "workloadIps",
             |w| w.addresses.push("fd00::1".parse().unwrap()),
@@ -85,12 +87,12 @@ fn every_key_of_a_workload_has_its_form() {
         ),
         (
             "waypoint",
-            |w| w.waypoint = Some(waypoint()),
+            |w| w.waypoint = Some(Box::new(waypoint())),
             json!({ "destination": "b/waypoint.b.svc.cluster.local", "hboneMtlsPort": 15008 }),
         ),
         (
             "networkGateway",
-            |w| w.network_gateway = Some(by_address()),
+            |w| w.network_gateway = Some(Box::new(by_address())),
             json!({ "destination": "far/10.1.0.1", "hboneMtlsPort": 15009 }),
         ),
         ("networkGateway", |_| (), Value::Null),
@@ -162,14 +164,10 @@ fn every_key_of_a_workload_has_its_form() {
             json!("Unhealthy"),
         ),
         ("clusterId", |w| w.cluster_id = "".into(), json!("")),
+        ("locality", |w| w.locality = Default::default(), Value::Null),
         (
             "locality",
-            |w| w.locality = Locality::default(),
-            Value::Null,
-        ),
-        (
-            "locality",
-            |w| w.locality.zone = "z".into(),
+            |w| Arc::make_mut(&mut w.locality).zone = "z".into(),
             json!({ "region": "", "zone": "z", "subzone": "" }),
         ),
         ("services", |w| w.services.clear(), Value::Null),
@@ -225,7 +223,7 @@ fn every_key_of_a_service_has_its_form() {
         ),
         (
             "waypoint",
-            |s| s.waypoint = Some(by_address()),
+            |s| s.waypoint = Some(Box::new(by_address())),
             json!({ "destination": "far/10.1.0.1", "hboneMtlsPort": 15009 }),
         ),
         (

@@ -1,6 +1,7 @@
 //! Small collections as the mesh has them by the ten thousand: nothing is allocated for what is not there.
 
 use std::borrow::Borrow;
+use std::sync::Arc;
 
 /// A list that mostly holds one item, in the order they came.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,20 +13,12 @@ pub enum Few<T> {
 }
 
 impl<T> Few<T> {
-    pub fn is_empty(&self) -> bool {
-        self.as_slice().is_empty()
-    }
-
-    pub fn as_slice(&self) -> &[T] {
+    fn as_slice(&self) -> &[T] {
         match self {
             Self::None => &[],
             Self::One(item) => std::slice::from_ref(item),
             Self::Many(items) => items,
         }
-    }
-
-    pub fn iter(&self) -> std::slice::Iter<'_, T> {
-        self.as_slice().iter()
     }
 
     /// Appends an item.
@@ -56,6 +49,28 @@ impl<T> Few<T> {
     }
 }
 
+impl<T> From<Vec<T>> for Few<T> {
+    fn from(items: Vec<T>) -> Self {
+        items.into_iter().collect()
+    }
+}
+
+impl<T> FromIterator<T> for Few<T> {
+    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
+        let mut few = Self::None;
+        items.into_iter().for_each(|item| few.push(item));
+        few
+    }
+}
+
+impl<T> std::ops::Deref for Few<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.as_slice()
+    }
+}
+
 impl<'a, T> IntoIterator for &'a Few<T> {
     type Item = &'a T;
     type IntoIter = std::slice::Iter<'a, T>;
@@ -65,13 +80,13 @@ impl<'a, T> IntoIterator for &'a Few<T> {
     }
 }
 
-/// A sorted map of a handful of entries, in one allocation.
+/// A sorted map of a handful of entries, in one allocation that clones share.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SmallMap<K, V>(Box<[(K, V)]>);
+pub struct SmallMap<K, V>(Arc<[(K, V)]>);
 
 impl<K, V> Default for SmallMap<K, V> {
     fn default() -> Self {
-        Self(Box::default())
+        Self(Arc::default())
     }
 }
 
@@ -101,8 +116,12 @@ impl<K: Ord, V> SmallMap<K, V> {
     }
 
     /// Adds an entry or replaces the one of the same key; the whole map is made anew.
-    pub fn insert(&mut self, key: K, value: V) {
-        let entries = std::mem::take(&mut self.0).into_iter();
+    pub fn insert(&mut self, key: K, value: V)
+    where
+        K: Clone,
+        V: Clone,
+    {
+        let entries = self.0.iter().cloned();
         *self = entries.chain([(key, value)]).collect();
     }
 

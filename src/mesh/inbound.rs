@@ -170,7 +170,7 @@ impl Mesh {
             .iter()
             .filter(|waypoint| waypoint.weight > 0)
             .map(|waypoint| &waypoint.destination);
-        let mut waypoints = weighted.chain(&service.waypoint);
+        let mut waypoints = weighted.chain(service.waypoint.as_deref());
         waypoints.any(|waypoint| self.is_at(local, local_ip, waypoint))
     }
 

@@ -226,6 +226,7 @@ fn a_waypoint_may_be_asked_for_what_it_fronts_and_for_nothing_else() {
         let mut web = service("b", "web", "10.96.0.1");
         let mut app = pod("b", "app", "10.0.0.9");
         app.protocol = Protocol::Tcp;
+        let waypoint = waypoint.map(Box::new);
         (web.waypoint, app.waypoint) = (waypoint.clone(), waypoint.clone());
         web.weighted_waypoints = weighted.clone();
         let mesh = mesh(vec![

@@ -174,7 +174,7 @@ fn service_waypoint<'a>(service: &'a Service, random: Random<'_>) -> Option<&'a 
         .map(|waypoint| u64::from(waypoint.weight))
         .sum();
     if total == 0 {
-        return service.waypoint.as_ref();
+        return service.waypoint.as_deref();
     }
     let mut left = random(total);
     let chosen = service.weighted_waypoints.iter().find(|waypoint| {

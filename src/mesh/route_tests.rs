@@ -9,26 +9,26 @@ use crate::mesh::workload::{
 const POD: &str = "10.0.0.9:8080";
 const VIP: &str = "10.96.0.1:80";
 
-fn waypoint_at(ip: &str) -> Option<GatewayAddress> {
+fn waypoint_at(ip: &str) -> Option<Box<GatewayAddress>> {
     let address = NetworkAddress {
         network: "".into(),
         address: ip.parse().unwrap(),
     };
-    Some(GatewayAddress {
+    Some(Box::new(GatewayAddress {
         destination: GatewayDestination::Address(address),
         hbone_mtls_port: 15008,
-    })
+    }))
 }
 
-fn waypoint_named(hostname: &str) -> Option<GatewayAddress> {
+fn waypoint_named(hostname: &str) -> Option<Box<GatewayAddress>> {
     let name = NamespacedHostname {
         namespace: "b".into(),
         hostname: hostname.into(),
     };
-    Some(GatewayAddress {
+    Some(Box::new(GatewayAddress {
         destination: GatewayDestination::Hostname(name),
         hbone_mtls_port: 15008,
-    })
+    }))
 }
 
 /// A server pod `b/web` at 10.0.0.9 behind `web.b` at 10.96.0.1, a waypoint pod at 10.0.0.20; each may be changed.
@@ -241,7 +241,7 @@ fn a_waypoint_may_be_a_service() {
 fn weights_choose_among_waypoints() {
     let mut world = World::new();
     let to = |ip, weight| WeightedWaypoint {
-        destination: waypoint_at(ip).unwrap(),
+        destination: *waypoint_at(ip).unwrap(),
         weight,
     };
     world.service.waypoint = waypoint_at("10.0.0.99");
@@ -365,7 +365,7 @@ fn other_networks_are_refused_clearly() {
 #[test]
 fn an_address_that_is_a_workload_and_a_service_is_balanced_but_counts_as_the_workload() {
     let mut world = World::new();
-    world.waypoint.addresses = vec!["10.96.0.1".parse().unwrap()];
+    world.waypoint.addresses = vec!["10.96.0.1".parse().unwrap()].into();
     world.service.waypoint = waypoint_at("10.0.0.99");
     assert_eq!(
         world.told(VIP),
@@ -469,7 +469,7 @@ fn a_services_waypoint_comes_before_its_balancing() {
 #[test]
 fn the_address_keeps_the_family_asked_for_within_what_the_service_allows() {
     let mut world = World::new();
-    world.web.addresses = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()];
+    world.web.addresses = vec!["10.0.0.9".parse().unwrap(), "fd00::9".parse().unwrap()].into();
     let mut v6 = world.service.vips[0].clone();
     v6.address = "fd00:96::1".parse().unwrap();
     world.service.vips.push(v6);
@@ -486,7 +486,7 @@ fn the_address_keeps_the_family_asked_for_within_what_the_service_allows() {
     );
     world.service.ip_families = Some(IpFamilies::Ipv6);
     assert!(world.told(VIP).starts_with("Hbone [fd00::9]:15008"));
-    world.web.addresses.clear();
+    world.web.addresses = Default::default();
     world.web.hostname = "web.example".into();
     assert!(world.told(VIP).starts_with("no valid routing destination"));
 }

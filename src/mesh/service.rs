@@ -86,7 +86,7 @@ pub struct Service {
     pub ports: Ports,
     /// Further identities that its endpoints may present, as written; may hold invalid ones.
     pub subject_alt_names: Vec<Arc<str>>,
-    pub waypoint: Option<GatewayAddress>,
+    pub waypoint: Option<Box<GatewayAddress>>,
     pub weighted_waypoints: Vec<WeightedWaypoint>,
     pub load_balancer: Option<LoadBalancer>,
     pub ip_families: Option<IpFamilies>,

@@ -7,8 +7,7 @@ use hbone::Identity;
 use super::service::{Service, Visibility};
 use super::store::{AddressResource, Store};
 use super::workload::{
-    HealthStatus, Locality, NamespacedHostname, NetworkAddress, NetworkMode, Protocol, Workload,
-    WorkloadType,
+    HealthStatus, NamespacedHostname, NetworkAddress, NetworkMode, Protocol, Workload, WorkloadType,
 };
 
 /// An HBONE pod of `namespace` on node `n1` whose service account is its name.
@@ -18,7 +17,7 @@ pub fn pod(namespace: &str, name: &str, ip: &str) -> Workload {
         name: name.into(),
         namespace: namespace.into(),
         identity: Identity::new("cluster.local", namespace, name),
-        addresses: vec![ip.parse().unwrap()],
+        addresses: vec![ip.parse().unwrap()].into(),
         network: "".into(),
         hostname: "".into(),
         node: "n1".into(),
@@ -30,7 +29,7 @@ pub fn pod(namespace: &str, name: &str, ip: &str) -> Workload {
         workload_name: name.into(),
         canonical_name: name.into(),
         canonical_revision: "v1".into(),
-        locality: Locality::default(),
+        locality: Arc::default(),
         waypoint: None,
         network_gateway: None,
         application_tunnel: None,

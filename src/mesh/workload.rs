@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use hbone::{Baggage, Identity};
 
-use super::few::SmallMap;
+use super::few::{Few, SmallMap};
 
 /// An address on a named network; the empty name is the default network.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -114,7 +114,7 @@ pub struct ApplicationTunnel {
 }
 
 /// Where a workload runs; empty parts are unknown.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Locality {
     pub region: Arc<str>,
     pub zone: Arc<str>,
@@ -132,7 +132,7 @@ pub struct Workload {
     pub namespace: Arc<str>,
     /// `spiffe://trust domain/ns/namespace/sa/service account`, made once.
     pub identity: Identity,
-    pub addresses: Vec<IpAddr>,
+    pub addresses: Few<IpAddr>,
     pub network: Arc<str>,
     pub hostname: Arc<str>,
     pub node: Arc<str>,
@@ -144,9 +144,9 @@ pub struct Workload {
     pub workload_name: Arc<str>,
     pub canonical_name: Arc<str>,
     pub canonical_revision: Arc<str>,
-    pub locality: Locality,
-    pub waypoint: Option<GatewayAddress>,
-    pub network_gateway: Option<GatewayAddress>,
+    pub locality: Arc<Locality>,
+    pub waypoint: Option<Box<GatewayAddress>>,
+    pub network_gateway: Option<Box<GatewayAddress>>,
     pub application_tunnel: Option<ApplicationTunnel>,
     pub native_tunnel: bool,
     /// Selector policies by resource name, `namespace/name`.

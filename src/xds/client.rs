@@ -7,11 +7,10 @@ use std::time::Duration;
 use prost::Message;
 use prost_types::value::Kind;
 use prost_types::{Struct, Value};
-use tonic::codec::Streaming;
-use tonic::{Code, Extensions, Request, Status};
+use tonic::{Code, Status};
 
 use super::names::Names;
-use super::{policies, resources};
+use super::{policies, resources, stream};
 use crate::config::Config;
 use crate::identity::Certificates;
 use crate::identity::channel::Peer;
@@ -19,7 +18,6 @@ use crate::identity::token::Credentials;
 use crate::mesh::Store;
 use crate::mesh::store::AddressResource;
 use crate::mesh_feed::SharedMesh;
-use crate::proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::discovery::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as Refusal,
 };
@@ -31,7 +29,6 @@ pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
 /// The type URL of policies.
 pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
 
-const LARGEST_MESSAGE: usize = 200 << 20;
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 
@@ -156,12 +153,10 @@ impl Client {
             Ok(metadata) => metadata,
             Err(error) => return End::Connect(error.to_string()),
         };
-        let channel = match self.peer.connect().await {
+        let mut channel = match self.peer.connect().await {
             Ok(channel) => channel,
             Err(error) => return End::Connect(error),
         };
-        let mut client = AggregatedDiscoveryServiceClient::new(channel)
-            .max_decoding_message_size(LARGEST_MESSAGE);
         // Never blocks for long: only as many answers are outstanding as there are types.
         let (requests, outgoing) = tokio::sync::mpsc::channel(16);
         for (index, type_url) in [ADDRESS_TYPE, AUTHORIZATION_TYPE].into_iter().enumerate() {
@@ -178,15 +173,13 @@ impl Client {
                 return End::Complete;
             }
         }
-        let outgoing = tokio_stream::wrappers::ReceiverStream::new(outgoing);
-        let request = Request::from_parts(metadata, Extensions::default(), outgoing);
-        let mut responses = match client.delta_aggregated_resources(request).await {
-            Ok(response) => response.into_inner(),
+        let mut responses = match stream::open(&mut channel, metadata, outgoing).await {
+            Ok(responses) => responses,
             Err(status) => return End::Status(status),
         };
         tracing::info!(id = self.connections, "Stream established");
         loop {
-            let response = match next(&mut responses).await {
+            let response = match responses.next().await {
                 Ok(Some(response)) => response,
                 Ok(None) => return End::Complete,
                 Err(status) => return End::Status(status),
@@ -364,12 +357,6 @@ fn note(
 fn decode<M: Message + Default>(resource: &crate::proto::discovery::Resource) -> Result<M, String> {
     let any = resource.resource.as_ref().ok_or("the resource is empty")?;
     M::decode(&*any.value).map_err(|error| format!("cannot be decoded: {error}"))
-}
-
-async fn next(
-    responses: &mut Streaming<DeltaDiscoveryResponse>,
-) -> Result<Option<DeltaDiscoveryResponse>, Status> {
-    responses.message().await
 }
 
 /// Whether a status only means that the connection is to be made anew.

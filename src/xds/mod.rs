@@ -4,3 +4,4 @@ pub mod client;
 mod names;
 pub mod policies;
 pub mod resources;
+mod stream;

@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use hbone::Identity;
 
+use crate::mesh::workload::Locality;
+use crate::proto::workload as proto;
+
 /// So many are remembered at most; forgetting them costs copies, never correctness.
 const LIMIT: usize = 1 << 16;
 
@@ -13,6 +16,7 @@ const LIMIT: usize = 1 << 16;
 pub struct Names {
     texts: HashSet<Arc<str>>,
     identities: HashSet<Identity>,
+    localities: HashSet<Arc<Locality>>,
 }
 
 impl Names {
@@ -39,6 +43,24 @@ impl Names {
         }
         self.identities.insert(identity.clone());
         identity
+    }
+
+    /// The locality, shared in the same way.
+    pub fn locality(&mut self, record: &proto::Locality) -> Arc<Locality> {
+        let locality = Locality {
+            region: self.text(&record.region),
+            zone: self.text(&record.zone),
+            subzone: self.text(&record.subzone),
+        };
+        if let Some(known) = self.localities.get(&locality) {
+            return known.clone();
+        }
+        if self.localities.len() >= LIMIT {
+            self.localities = HashSet::new();
+        }
+        let new = Arc::new(locality);
+        self.localities.insert(new.clone());
+        new
     }
 }
 

@@ -13,9 +13,8 @@ use crate::mesh::service::{
 };
 use crate::mesh::store::AddressResource;
 use crate::mesh::workload::{
-    ApplicationTunnel, GatewayAddress, GatewayDestination, HealthStatus, Locality,
-    NamespacedHostname, NetworkAddress, NetworkMode, Ports, Protocol, TunnelProtocol, Workload,
-    WorkloadType,
+    ApplicationTunnel, GatewayAddress, GatewayDestination, HealthStatus, NamespacedHostname,
+    NetworkAddress, NetworkMode, Ports, Protocol, TunnelProtocol, Workload, WorkloadType,
 };
 use crate::proto::workload as proto;
 
@@ -105,21 +104,15 @@ fn workload(record: proto::Workload, names: &mut Names) -> Result<Workload, Stri
         workload_name: names.text(&record.workload_name),
         canonical_name: names.text(&record.canonical_name),
         canonical_revision: names.text(&record.canonical_revision),
-        locality: record
-            .locality
-            .map_or_else(Locality::default, |locality| Locality {
-                region: names.text(&locality.region),
-                zone: names.text(&locality.zone),
-                subzone: names.text(&locality.subzone),
-            }),
+        locality: names.locality(&record.locality.unwrap_or_default()),
         waypoint: record
             .waypoint
-            .map(gateway)
+            .map(|record| gateway(record).map(Box::new))
             .transpose()
             .map_err(|error| format!("waypoint: {error}"))?,
         network_gateway: record
             .network_gateway
-            .map(gateway)
+            .map(|record| gateway(record).map(Box::new))
             .transpose()
             .map_err(|error| format!("network_gateway: {error}"))?,
         application_tunnel: match record.application_tunnel {
@@ -191,7 +184,7 @@ fn service(record: proto::Service, names: &mut Names) -> Result<Service, String>
             .collect(),
         waypoint: record
             .waypoint
-            .map(gateway)
+            .map(|record| gateway(record).map(Box::new))
             .transpose()
             .map_err(|error| format!("waypoint: {error}"))?,
         weighted_waypoints,
