@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::identity::channel::Peer;
 use crate::identity::token::Credentials;
 use crate::identity::{CaClient, Certificates};
+use crate::memory;
 use crate::mesh::{Store, dump};
 use crate::mesh_feed::SharedMesh;
 use crate::node::{sockets, zds};
@@ -67,6 +68,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
     let telemetry = Arc::new(Telemetry::new(&tag));
     let certificates = certificates(&config)?;
     spawn_local(certificates.clone().run());
+    spawn_local(memory::follow(telemetry.clone()));
     let mesh = SharedMesh::new(Store::new("").snapshot());
     let shared = Shared {
         config: config.clone(),

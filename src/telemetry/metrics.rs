@@ -85,6 +85,11 @@ impl Telemetry {
         }
     }
 
+    /// How many flows are open.
+    pub fn live_flows(&self) -> u64 {
+        self.traffic.live()
+    }
+
     /// Adds to a counter; `name` is without `_total`, `labels` are name and value.
     pub fn add(&self, name: &'static str, help: &'static str, labels: &[(&str, &str)], n: u64) {
         let mut counters = lock(&self.counters);

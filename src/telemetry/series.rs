@@ -155,6 +155,18 @@ impl SeriesTable {
         sorted
     }
 
+    /// How many flows were opened and not closed.
+    pub fn live(&self) -> u64 {
+        let all = self.all();
+        let sum = |counter: fn(&Series) -> &AtomicU64| -> u64 {
+            let loaded = all
+                .iter()
+                .map(|series| counter(&series.0).load(Ordering::Relaxed));
+            loaded.sum()
+        };
+        sum(|series| &series.opened).saturating_sub(sum(|series| &series.closed))
+    }
+
     fn intern(&self, labels: String) -> Arc<Series> {
         let mut all = self.all();
         if let Some(known) = all.get(&*labels) {

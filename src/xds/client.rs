@@ -223,7 +223,7 @@ impl Client {
             }
         };
         if many {
-            give_memory_back();
+            crate::memory::give_back();
         }
         let error_detail = (!rejected.is_empty()).then(|| {
             let message = rejected.join("; ");
@@ -323,15 +323,6 @@ impl Client {
         {
             synced();
         }
-    }
-}
-
-/// Returns to the kernel what a large response took while it was read.
-fn give_memory_back() {
-    // SAFETY: the allocator's own function, callable at any time.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 
