@@ -33,5 +33,11 @@ pub use spiffe_san::identities;
 pub use stream::{CarryError, Stream};
 pub use tls::{TlsError, TlsIdentity, TlsOptions, provider};
 
+/// Parts of the engine, for benchmarks only.
+#[cfg(feature = "internals")]
+pub mod internals {
+    pub use crate::engine::internals::{Connection, Limits, Role};
+}
+
 /// A boxed future that stays on its thread.
 pub type LocalBoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + 'a>>;

@@ -9,7 +9,7 @@ pub mod route;
 pub mod service;
 pub mod snapshot;
 pub mod store;
-#[cfg(test)]
+#[cfg(any(test, feature = "internals"))]
 pub mod testing;
 pub mod verdict;
 pub mod workload;

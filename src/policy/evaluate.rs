@@ -115,23 +115,24 @@ macro_rules! note {
 
 /// Judges a flow by the policies that apply to its destination, in any order.
 pub fn evaluate(policies: &[&Arc<Policy>], context: &Context<'_>) -> Verdict {
+    let facts = Facts::of(context);
     let of = |action: Action, dry_run: bool| {
         policies
             .iter()
             .filter(move |policy| policy.action == action && policy.dry_run == dry_run)
     };
-    for policy in of(Action::Deny, true).filter(|policy| matches(policy, context)) {
+    for policy in of(Action::Deny, true).filter(|policy| matches(policy, &facts)) {
         note!(policy = name(policy), "dry-run: deny policy match");
     }
     for policy in of(Action::Deny, false) {
-        if let Some(decider) = decider(policy, context) {
+        if let Some(decider) = decider(policy, &facts) {
             note!(policy = decider.policy, "deny policy match");
             return Verdict::Denied(decider);
         }
     }
     let mut dry_run_matched = None;
     for policy in of(Action::Allow, true) {
-        let matched = matches(policy, context);
+        let matched = matches(policy, &facts);
         if matched {
             note!(policy = name(policy), "dry-run: allow policy match");
         }
@@ -145,7 +146,7 @@ pub fn evaluate(policies: &[&Arc<Policy>], context: &Context<'_>) -> Verdict {
         return Verdict::Unrestricted;
     }
     for policy in of(Action::Allow, false) {
-        if let Some(decider) = decider(policy, context) {
+        if let Some(decider) = decider(policy, &facts) {
             note!(policy = decider.policy, "allow policy match");
             return Verdict::Allowed(decider);
         }
@@ -158,37 +159,37 @@ fn name(policy: &Policy) -> String {
     format!("{}/{}", policy.namespace, policy.name)
 }
 
-fn matches(policy: &Policy, context: &Context<'_>) -> bool {
-    matching_rule(policy, context).is_some()
+fn matches(policy: &Policy, facts: &Facts<'_>) -> bool {
+    matching_rule(policy, facts).is_some()
 }
 
-fn decider(policy: &Policy, context: &Context<'_>) -> Option<Decider> {
-    let rule = matching_rule(policy, context)?;
+fn decider(policy: &Policy, facts: &Facts<'_>) -> Option<Decider> {
+    let rule = matching_rule(policy, facts)?;
     let clauses = policy.rules.get(rule)?.iter();
     Some(Decider {
         policy: name(policy),
         key: policy.key.clone(),
         rule,
         clauses: clauses
-            .map(|clause| matching_part(clause, policy.action, context))
+            .map(|clause| matching_part(clause, policy.action, facts))
             .collect(),
     })
 }
 
 /// The first rule that matches: every clause of it, and of each clause one match.
-fn matching_rule(policy: &Policy, context: &Context<'_>) -> Option<usize> {
+fn matching_rule(policy: &Policy, facts: &Facts<'_>) -> Option<usize> {
     policy.rules.iter().position(|rule| {
         rule.iter().all(|clause| {
-            clause.is_empty() || matching_part(clause, policy.action, context).is_some()
+            clause.is_empty() || matching_part(clause, policy.action, facts).is_some()
         })
     })
 }
 
-fn matching_part(clause: &[Match], action: Action, context: &Context<'_>) -> Option<usize> {
-    clause.iter().position(|part| holds(part, action, context))
+fn matching_part(clause: &[Match], action: Action, facts: &Facts<'_>) -> Option<usize> {
+    clause.iter().position(|part| holds(part, action, facts))
 }
 
-fn holds(part: &Match, action: Action, context: &Context<'_>) -> bool {
+fn holds(part: &Match, action: Action, facts: &Facts<'_>) -> bool {
     if part.unreadable && action == Action::Allow {
         return false;
     }
@@ -196,24 +197,19 @@ fn holds(part: &Match, action: Action, context: &Context<'_>) -> bool {
     if is_empty(part) {
         return part.unreadable;
     }
-    let namespace = context.identity.map_or("", Identity::namespace);
-    let principal = context.identity.map(Identity::principal);
-    let text = |wanted: &StringMatch| text_matches(wanted, namespace);
-    let who =
-        |wanted: &StringMatch| principal.is_some_and(|principal| text_matches(wanted, principal));
-    let account = |wanted: &ServiceAccount| {
-        context.identity.is_some_and(|identity| {
-            identity.namespace() == &*wanted.namespace
-                && identity.service_account() == &*wanted.service_account
-        })
+    let text = |wanted: &StringMatch| text_matches(wanted, facts.namespace);
+    let who = |wanted: &StringMatch| {
+        let principal = facts.principal;
+        principal.is_some_and(|principal| text_matches(wanted, principal))
     };
-    let (src, dst) = (
-        context.src.ip().to_canonical(),
-        context.dst.ip().to_canonical(),
-    );
-    let from = |net: &IpNet| contains(net, src);
-    let to = |net: &IpNet| contains(net, dst);
-    let port = |port: &u16| *port == context.dst.port();
+    let account = |wanted: &ServiceAccount| {
+        facts.principal.is_some()
+            && facts.namespace == &*wanted.namespace
+            && facts.service_account == &*wanted.service_account
+    };
+    let from = |net: &IpNet| contains(net, facts.src);
+    let to = |net: &IpNet| contains(net, facts.dst);
+    let port = |port: &u16| *port == facts.port;
     pair(&part.namespaces, &part.not_namespaces, text)
         && pair(&part.service_accounts, &part.not_service_accounts, account)
         && pair(&part.principals, &part.not_principals, who)
@@ -222,16 +218,63 @@ fn holds(part: &Match, action: Action, context: &Context<'_>) -> bool {
         && pair(&part.destination_ports, &part.not_destination_ports, port)
 }
 
+/// What matches are held against, taken from the context once.
+struct Facts<'a> {
+    /// Empty without an identity, like the service account.
+    namespace: &'a str,
+    service_account: &'a str,
+    principal: Option<&'a str>,
+    src: IpAddr,
+    dst: IpAddr,
+    port: u16,
+}
+
+impl<'a> Facts<'a> {
+    fn of(context: &Context<'a>) -> Self {
+        Self {
+            namespace: context.identity.map_or("", Identity::namespace),
+            service_account: context.identity.map_or("", Identity::service_account),
+            principal: context.identity.map(Identity::principal),
+            src: context.src.ip().to_canonical(),
+            dst: context.dst.ip().to_canonical(),
+            port: context.dst.port(),
+        }
+    }
+}
+
 fn pair<T>(wanted: &[T], unwanted: &[T], holds: impl Fn(&T) -> bool) -> bool {
     (wanted.is_empty() || wanted.iter().any(&holds)) && !unwanted.iter().any(&holds)
 }
 
 fn is_empty(part: &Match) -> bool {
-    let blank = Match {
-        unreadable: part.unreadable,
-        ..Match::default()
-    };
-    *part == blank
+    let Match {
+        namespaces,
+        not_namespaces,
+        service_accounts,
+        not_service_accounts,
+        principals,
+        not_principals,
+        source_ips,
+        not_source_ips,
+        destination_ips,
+        not_destination_ips,
+        destination_ports,
+        not_destination_ports,
+        unreadable: _,
+    } = part;
+    let texts = [namespaces, not_namespaces, principals, not_principals];
+    let ranges = [
+        source_ips,
+        not_source_ips,
+        destination_ips,
+        not_destination_ips,
+    ];
+    texts.into_iter().all(Vec::is_empty)
+        && ranges.into_iter().all(Vec::is_empty)
+        && service_accounts.is_empty()
+        && not_service_accounts.is_empty()
+        && destination_ports.is_empty()
+        && not_destination_ports.is_empty()
 }
 
 fn text_matches(wanted: &StringMatch, text: &str) -> bool {

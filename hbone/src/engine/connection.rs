@@ -222,7 +222,7 @@ impl<T: Default> Connection<T> {
     }
 
     /// Streams that are open or wait for an answer.
-    pub fn len(&self) -> usize {
+    pub fn streams(&self) -> usize {
         self.streams.len()
     }
 

@@ -97,7 +97,7 @@ fn bytes_and_ends_pass_however_they_are_cut() {
     client.close(0, Reason::NO_ERROR);
     server.close(0, Reason::NO_ERROR);
     assert!(client.control.is_empty() && server.control.is_empty());
-    assert_eq!((client.len(), server.len()), (0, 0));
+    assert_eq!((client.streams(), server.streams()), (0, 0));
 }
 
 #[test]
@@ -442,7 +442,7 @@ fn mutated_bytes_end_in_a_fault_or_in_nothing_and_state_stays_bounded() {
             }
             let mut connection = peer(role);
             let _ = feed(&mut connection, &bytes);
-            assert!(connection.len() <= 3);
+            assert!(connection.streams() <= 3);
             assert!(connection.control.len() < 64 << 10);
         }
     }

@@ -39,6 +39,12 @@ pub(crate) use hpack::Encoder;
 pub use tunnel::Failure;
 pub(crate) use tunnel::is_abrupt_close;
 
+/// What benchmarks of the framing need.
+#[cfg(feature = "internals")]
+pub mod internals {
+    pub use super::connection::{Connection, Limits, Role};
+}
+
 use crate::Counters;
 use connection::Connection;
 use flow::Ticket;
@@ -208,7 +214,7 @@ impl TunnelHandle {
             .get(self.place)
             .filter(|_| !self.shared.is_over());
         tunnel.is_some_and(|tunnel| {
-            !tunnel.retiring && tunnel.http.len() < limit && tunnel.http.has_room()
+            !tunnel.retiring && tunnel.http.streams() < limit && tunnel.http.has_room()
         })
     }
 

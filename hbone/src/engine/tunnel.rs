@@ -615,7 +615,7 @@ impl Tunnel {
     /// Says goodbye when the tunnel has served its last stream.
     fn end_if_done(&mut self, scratch: &mut Scratch) -> Result<(), Failure> {
         let last = self.retiring || self.http.is_ending() || self.http.is_shut_down();
-        if last && !self.closing && self.http.len() == 0 && self.unsent.is_none() {
+        if last && !self.closing && self.http.streams() == 0 && self.unsent.is_none() {
             self.closing = true;
             self.http.go_away(Reason::NO_ERROR);
             self.flush(scratch)?;
