@@ -44,6 +44,15 @@ impl OpenError {
         }
     }
 
+    /// Whether it says something of the peer alone, so that another may be tried; the peer has taken no byte.
+    pub fn is_of_the_endpoint(&self) -> bool {
+        match self {
+            Self::Io(_) | Self::ConnectTimeout(_) | Self::Http2(_) | Self::H2(_) => true,
+            Self::Status(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
+            Self::Tls(_) | Self::Identity(_) | Self::AnswerTimeout(_) | Self::Draining => false,
+        }
+    }
+
     pub(crate) fn from_io(error: io::Error) -> Self {
         Self::Io(Rc::new(error))
     }

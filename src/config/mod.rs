@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::policy::Egress;
 use proxy_config::ProxyConfig;
 
 /// Captured egress.
@@ -141,6 +142,8 @@ pub struct Config {
     pub packet_mark: Option<u32>,
     pub keepalive: Keepalive,
     pub response_baggage: bool,
+    /// Where pods may connect to.
+    pub egress: Egress,
     pub zds_path: PathBuf,
     pub port_reuse: bool,
     pub ipv6: bool,
@@ -249,6 +252,15 @@ impl Config {
             (None, Some(text)) => Some(LocalXds::Inline(text.to_string())),
             (None, None) => None,
         };
+        let egress = Egress {
+            registry_only: env.get("OUTBOUND_TRAFFIC_POLICY", "ALLOW_ANY", |v| match v {
+                "ALLOW_ANY" => Ok(false),
+                "REGISTRY_ONLY" => Ok(true),
+                _ => Err("expected ALLOW_ANY or REGISTRY_ONLY".to_string()),
+            })?,
+            deny: env.get("OUTBOUND_DENY", "", parse::list)?,
+            allow: env.get("OUTBOUND_ALLOW", "", parse::list)?,
+        };
         let ipv6 = env.get("IPV6_ENABLED", "true", parse::boolean)?;
         let wildcard = if ipv6 {
             IpAddr::V6(Ipv6Addr::UNSPECIFIED)
@@ -343,6 +355,7 @@ impl Config {
                 })?,
                 user_timeout: env.get("USER_TIMEOUT_ENABLED", "false", parse::boolean)?,
             },
+            egress,
             response_baggage: env.get("ENABLE_RESPONSE_BAGGAGE", "true", parse::boolean)?,
             zds_path: env
                 .owned("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock")

@@ -11,6 +11,13 @@ pub fn boolean(text: &str) -> Result<bool, String> {
     }
 }
 
+/// Items between commas or white space.
+pub fn list<T: std::str::FromStr<Err = String>>(text: &str) -> Result<Vec<T>, String> {
+    let items = text.split([',', ' ', '\n', '\t']);
+    let items = items.filter(|item| !item.is_empty());
+    items.map(str::parse).collect()
+}
+
 /// Seconds per unit of a duration; `None` for a word that is no unit.
 fn unit_nanos(unit: &str) -> Option<f64> {
     Some(match unit {

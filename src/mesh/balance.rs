@@ -18,8 +18,25 @@ pub enum Purpose {
     Waypoint,
 }
 
-/// Gives a number below its argument.
-pub type Random<'a> = &'a mut dyn FnMut(u64) -> u64;
+/// What a choice depends on besides the mesh.
+pub trait Choose {
+    /// A number below `bound`.
+    fn random(&mut self, bound: u64) -> u64;
+
+    /// Whether a workload failed a moment ago, so that it is only taken when no other is left.
+    fn is_shunned(&self, _workload_uid: &str) -> bool {
+        false
+    }
+}
+
+impl<F: FnMut(u64) -> u64> Choose for F {
+    fn random(&mut self, bound: u64) -> u64 {
+        self(bound)
+    }
+}
+
+/// Who chooses.
+pub type Chooser<'a> = &'a mut dyn Choose;
 
 /// Picks an endpoint for a client's flow to a port of the service; none when no endpoint can take it.
 pub fn pick<'a>(
@@ -28,7 +45,7 @@ pub fn pick<'a>(
     client: &Workload,
     port: u16,
     purpose: Purpose,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Option<(&'a Endpoint, &'a Arc<Workload>)> {
     let usable = |endpoint: &'a Endpoint| {
         let workload = mesh.workload_by_uid(&endpoint.workload_uid)?;
@@ -39,25 +56,65 @@ pub fn pick<'a>(
             && !balancer.routing_preferences.is_empty()
     });
     let Some(balancer) = ranked else {
-        return draw(entry, usable, random)
-            .or_else(|| weighted(entry.endpoints.iter().filter_map(usable).collect(), random));
+        if let Some(drawn) = draw(entry, usable, chooser) {
+            return Some(drawn);
+        }
+        let mut candidates = Candidates::default();
+        for candidate in entry.endpoints.iter().filter_map(usable) {
+            candidates.add(0, candidate, chooser);
+        }
+        return candidates.pick(chooser);
     };
-    let mut best = 0;
-    let mut candidates = Vec::new();
+    let mut candidates = Candidates::default();
     for (endpoint, workload) in entry.endpoints.iter().filter_map(usable) {
         let rank = rank(balancer, client, workload);
-        if balancer.mode == BalanceMode::Strict && !rank.complete {
-            continue;
-        }
-        if rank.score > best {
-            best = rank.score;
-            candidates.clear();
-        }
-        if rank.score == best {
-            candidates.push((endpoint, workload));
+        if balancer.mode == BalanceMode::Failover || rank.complete {
+            candidates.add(rank.score, (endpoint, workload), chooser);
         }
     }
-    weighted(candidates, random)
+    candidates.pick(chooser)
+}
+
+type Candidate<'a> = (&'a Endpoint, &'a Arc<Workload>);
+
+/// The candidates of the best rank so far: those that work, and those that failed a moment ago.
+#[derive(Default)]
+struct Candidates<'a> {
+    sound: Ranked<'a>,
+    shunned: Ranked<'a>,
+}
+
+#[derive(Default)]
+struct Ranked<'a> {
+    best: usize,
+    list: Vec<Candidate<'a>>,
+}
+
+impl<'a> Candidates<'a> {
+    fn add(&mut self, rank: usize, candidate: Candidate<'a>, chooser: Chooser<'_>) {
+        // One without weight is never chosen, so it must not keep others from being chosen.
+        if candidate.0.capacity == 0 {
+            return;
+        }
+        let ranked = match chooser.is_shunned(&candidate.0.workload_uid) {
+            false => &mut self.sound,
+            true => &mut self.shunned,
+        };
+        if rank > ranked.best {
+            ranked.best = rank;
+            ranked.list.clear();
+        }
+        if rank == ranked.best {
+            ranked.list.push(candidate);
+        }
+    }
+
+    fn pick(self, chooser: Chooser<'_>) -> Option<Candidate<'a>> {
+        match self.sound.list.is_empty() {
+            false => weighted(self.sound.list, chooser),
+            true => weighted(self.shunned.list, chooser),
+        }
+    }
 }
 
 fn is_usable(
@@ -99,24 +156,24 @@ fn is_usable(
 fn draw<'a, T>(
     entry: &'a ServiceEntry,
     usable: impl Fn(&'a Endpoint) -> Option<T>,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Option<T> {
     let (count, heaviest) = (entry.endpoints.len(), entry.endpoints.heaviest());
     if count == 0 || heaviest == 0 {
         return None;
     }
     (0..DRAWS).find_map(|_| {
-        let endpoint = entry.endpoints.at(random(count as u64) as usize)?;
+        let position = chooser.random(count as u64) as usize;
+        let endpoint = entry.endpoints.at(position)?;
         let kept = heaviest == 1 && endpoint.capacity == 1
-            || random(heaviest.into()) < endpoint.capacity.into();
-        kept.then(|| usable(endpoint)).flatten()
+            || chooser.random(heaviest.into()) < endpoint.capacity.into();
+        (kept && !chooser.is_shunned(&endpoint.workload_uid))
+            .then(|| usable(endpoint))
+            .flatten()
     })
 }
 
-fn weighted<'a>(
-    candidates: Vec<(&'a Endpoint, &'a Arc<Workload>)>,
-    random: Random<'_>,
-) -> Option<(&'a Endpoint, &'a Arc<Workload>)> {
+fn weighted<'a>(candidates: Vec<Candidate<'a>>, chooser: Chooser<'_>) -> Option<Candidate<'a>> {
     let total: u64 = candidates
         .iter()
         .map(|(endpoint, _)| u64::from(endpoint.capacity))
@@ -124,7 +181,7 @@ fn weighted<'a>(
     if total == 0 {
         return None;
     }
-    let mut left = random(total);
+    let mut left = chooser.random(total);
     candidates.into_iter().find(|(endpoint, _)| {
         let weight = u64::from(endpoint.capacity);
         let chosen = left < weight;
@@ -311,7 +368,7 @@ mod tests {
                 Resource::Workload(unclear),
             ]);
             let entry = mesh.service_entry(&web.key()).unwrap();
-            let found = pick(&mesh, entry, &client, 80, Purpose::Serve, &mut |_| 0);
+            let found = pick(&mesh, entry, &client, 80, Purpose::Serve, &mut |_: u64| 0);
             assert_eq!(found.is_some(), picked, "{told}");
         }
     }

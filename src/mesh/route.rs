@@ -7,7 +7,7 @@ use std::sync::Arc;
 use hbone::Identity;
 use thiserror::Error;
 
-use super::balance::{Purpose, Random, pick};
+use super::balance::{Chooser, Purpose, pick};
 use super::service::{BalanceMode, IpFamilies, Service};
 use super::snapshot::{Mesh, ServiceEntry};
 use super::workload::{GatewayAddress, GatewayDestination, Protocol, Workload};
@@ -104,7 +104,7 @@ pub fn decide(
     source: &Workload,
     client: SocketAddr,
     target: SocketAddr,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Result<Route, RouteError> {
     let (network, namespace) = (&*source.network, Some(&*source.namespace));
     let addressed = match mesh.workload_by_ip(network, &target.ip()) {
@@ -112,11 +112,11 @@ pub fn decide(
         None => mesh.service_by_vip(network, &target.ip(), namespace),
     };
     if let Some(service) = addressed
-        && let Some(waypoint) = service_waypoint(service, random)
+        && let Some(waypoint) = service_waypoint(service, chooser)
     {
-        return to_waypoint(mesh, source, waypoint, target, Some(service), random);
+        return to_waypoint(mesh, source, waypoint, target, Some(service), chooser);
     }
-    let Some(upstream) = find(mesh, source, target, random) else {
+    let Some(upstream) = find(mesh, source, target, chooser) else {
         return match addressed {
             Some(service) if !is_passthrough(service) => Err(RouteError::NoHealthyUpstream(target)),
             _ => Ok(Route {
@@ -131,7 +131,7 @@ pub fn decide(
     };
     if upstream.workload.network != source.network {
         return match addressed {
-            Some(_) => Err(across(mesh, source, upstream.workload, target, random)),
+            Some(_) => Err(across(mesh, source, upstream.workload, target, chooser)),
             None => Err(RouteError::NoService(target)),
         };
     }
@@ -139,7 +139,7 @@ pub fn decide(
         && let Some(waypoint) = &upstream.workload.waypoint
         && !is_waypoint(mesh, source, waypoint, client.ip())
     {
-        return to_waypoint(mesh, source, waypoint, target, upstream.service, random);
+        return to_waypoint(mesh, source, waypoint, target, upstream.service, chooser);
     }
     let ip = upstream
         .ip
@@ -167,7 +167,7 @@ pub fn decide(
 }
 
 /// The waypoint that takes a service's flows, by weight if there are several.
-fn service_waypoint<'a>(service: &'a Service, random: Random<'_>) -> Option<&'a GatewayAddress> {
+fn service_waypoint<'a>(service: &'a Service, chooser: Chooser<'_>) -> Option<&'a GatewayAddress> {
     let total: u64 = service
         .weighted_waypoints
         .iter()
@@ -176,7 +176,7 @@ fn service_waypoint<'a>(service: &'a Service, random: Random<'_>) -> Option<&'a 
     if total == 0 {
         return service.waypoint.as_deref();
     }
-    let mut left = random(total);
+    let mut left = chooser.random(total);
     let chosen = service.weighted_waypoints.iter().find(|waypoint| {
         let weight = u64::from(waypoint.weight);
         let chosen = left < weight;
@@ -192,11 +192,11 @@ fn to_waypoint(
     waypoint: &GatewayAddress,
     target: SocketAddr,
     service: Option<&Arc<Service>>,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Result<Route, RouteError> {
-    let upstream = resolve(mesh, source, waypoint, Role::Waypoint, target, random)?;
+    let upstream = resolve(mesh, source, waypoint, Role::Waypoint, target, chooser)?;
     if upstream.workload.network != source.network {
-        return Err(across(mesh, source, upstream.workload, target, random));
+        return Err(across(mesh, source, upstream.workload, target, chooser));
     }
     let ip = upstream
         .ip
@@ -217,12 +217,12 @@ fn across(
     source: &Workload,
     workload: &Workload,
     target: SocketAddr,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> RouteError {
     let Some(gateway) = &workload.network_gateway else {
         return RouteError::no_destination(workload);
     };
-    if let Err(error) = resolve(mesh, source, gateway, Role::Gateway, target, random) {
+    if let Err(error) = resolve(mesh, source, gateway, Role::Gateway, target, chooser) {
         return error;
     }
     RouteError::OtherNetwork {
@@ -243,7 +243,7 @@ fn find<'a>(
     mesh: &'a Mesh,
     source: &Workload,
     target: SocketAddr,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Option<Upstream<'a>> {
     let network = &*source.network;
     if let Some(service) = mesh.service_by_vip(network, &target.ip(), Some(&source.namespace)) {
@@ -258,7 +258,7 @@ fn find<'a>(
             target.port(),
             target.ip(),
             Purpose::Serve,
-            random,
+            chooser,
         );
     }
     let workload = mesh.workload_by_ip(network, &target.ip())?;
@@ -277,9 +277,9 @@ fn balanced<'a>(
     port: u16,
     original: IpAddr,
     purpose: Purpose,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Option<Upstream<'a>> {
-    let (endpoint, workload) = pick(mesh, entry, source, port, purpose, random)?;
+    let (endpoint, workload) = pick(mesh, entry, source, port, purpose, chooser)?;
     let tunnelled = || {
         workload
             .application_tunnel
@@ -347,7 +347,7 @@ fn resolve<'a>(
     reference: &GatewayAddress,
     role: Role,
     target: SocketAddr,
-    random: Random<'_>,
+    chooser: Chooser<'_>,
 ) -> Result<Upstream<'a>, RouteError> {
     let port = reference.hbone_mtls_port;
     let purpose = match role {
@@ -367,7 +367,7 @@ fn resolve<'a>(
         ),
     };
     if let Some(entry) = service.and_then(|service| mesh.service_entry(&service.key())) {
-        return balanced(mesh, entry, source, port, original, purpose, random)
+        return balanced(mesh, entry, source, port, original, purpose, chooser)
             .ok_or_else(|| role.unknown(reference, "has no healthy endpoint"));
     }
     let workload = workload.ok_or_else(|| role.unknown(reference, "not found"))?;

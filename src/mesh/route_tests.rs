@@ -71,7 +71,7 @@ impl World {
             &self.client,
             client,
             target.parse().unwrap(),
-            &mut |_| 0,
+            &mut |_: u64| 0,
         )
     }
 
@@ -224,7 +224,7 @@ fn a_waypoint_may_be_a_service() {
             &world.client,
             client,
             VIP.parse().unwrap(),
-            &mut |_| 0,
+            &mut |_: u64| 0,
         )
     };
     assert!(matches!(
@@ -294,7 +294,7 @@ fn an_application_tunnel_stands_in_for_a_missing_port_of_a_waypoint() {
         &world.client,
         client,
         VIP.parse().unwrap(),
-        &mut |_| 0,
+        &mut |_: u64| 0,
     )
     .unwrap();
     assert_eq!(route.connect.to_string(), "10.0.0.20:15008");

@@ -12,8 +12,8 @@ use super::pod::Pod;
 use super::relay::relay;
 use super::{Accepted, Refusal};
 use crate::config::ILLEGAL_PORTS;
-use crate::mesh::Workload;
 use crate::mesh::route::{self, Route, RouteKind};
+use crate::mesh::{Service, Workload};
 use crate::node::sockets;
 use crate::telemetry::{Direction, Flow, FlowError};
 
@@ -65,13 +65,82 @@ async fn open(
         return Err(Refusal::Early(error.to_string()));
     }
     let source = pod.workload().await.map_err(Refusal::Early)?;
-    let route = {
-        let mesh = pod.shared.mesh.load();
-        route::decide(&mesh, &source, client, target, &mut |bound| {
-            pod.random(bound)
-        })
-        .map_err(|error| Refusal::Early(error.to_string()))?
+    flow.source(source.clone());
+    let route = match choose(pod, &source, client, target) {
+        Ok(route) => route,
+        Err((error, service)) => {
+            if let Some(service) = service {
+                flow.service(service);
+            }
+            flow.open();
+            return Err(Refusal::Failed(error));
+        }
     };
+    let chosen = route.workload.as_ref().map(|workload| workload.uid.clone());
+    let (error, again) = match attempt(pod, &source, route, client, target, flow).await {
+        Ok(opened) => return Ok(opened),
+        Err(failed) => failed,
+    };
+    let Some(uid) = chosen.filter(|_| again) else {
+        return Err(Refusal::Failed(error));
+    };
+    pod.shun(uid.clone());
+    let other = choose(pod, &source, client, target).ok();
+    let is_other = |route: &Route| {
+        route
+            .workload
+            .as_ref()
+            .is_some_and(|workload| workload.uid != uid)
+    };
+    let Some(other) = other.filter(is_other) else {
+        return Err(Refusal::Failed(error));
+    };
+    flow.abandon_attempt(&error);
+    let chosen = other.workload.as_ref().map(|workload| workload.uid.clone());
+    match attempt(pod, &source, other, client, target, flow).await {
+        Ok(opened) => Ok(opened),
+        Err((error, again)) => {
+            if let Some(uid) = chosen.filter(|_| again) {
+                pod.shun(uid);
+            }
+            Err(Refusal::Failed(error))
+        }
+    }
+}
+
+/// Finds where the flow goes; else says why not, and which service was meant.
+fn choose(
+    pod: &Pod,
+    source: &Workload,
+    client: SocketAddr,
+    target: SocketAddr,
+) -> Result<Route, (FlowError, Option<Arc<Service>>)> {
+    let mesh = pod.shared.mesh.load();
+    let (network, ip) = (&*source.network, target.ip());
+    let service = || mesh.service_by_vip(network, &ip, Some(&source.namespace));
+    let workload = || mesh.workload_by_ip(network, &ip);
+    let refused = |text, flag| {
+        let meant = workload().is_none().then(service).flatten();
+        (FlowError { text, flag }, meant.cloned())
+    };
+    let known = || workload().is_some() || service().is_some();
+    if let Err(refusal) = pod.shared.config.egress.judge(target, known) {
+        let text = format!("connection closed due to policy rejection: {refusal}");
+        return Err(refused(text, "DENY"));
+    }
+    route::decide(&mesh, source, client, target, &mut &*pod)
+        .map_err(|error| refused(error.to_string(), "CONNECT"))
+}
+
+/// Opens the flow along a route; the error tells whether another endpoint may be tried.
+async fn attempt(
+    pod: &Pod,
+    source: &Arc<Workload>,
+    route: Route,
+    client: SocketAddr,
+    target: SocketAddr,
+    flow: &mut Flow,
+) -> Result<(Far, Registration), (FlowError, bool)> {
     let registration = pod.outbound.register(Admission {
         src: client,
         dst: route.connect,
@@ -82,7 +151,6 @@ async fn open(
         },
         identity: None,
     });
-    flow.source(source.clone());
     flow.dst_addr(route.connect);
     if let Some(workload) = &route.workload {
         flow.destination(workload.clone());
@@ -90,31 +158,53 @@ async fn open(
     if let Some(service) = &route.service {
         flow.service(service.clone());
     }
-    let far = match route.kind {
-        RouteKind::Hbone => {
-            let stream = tunnel(pod, source, route, client, flow).await;
-            Far::Tunnel(stream.map_err(Refusal::Failed)?)
-        }
+    let far = connect(pod, source, route, client, flow).await?;
+    Ok((far, registration))
+}
+
+/// Connects along the route; the error tells whether another endpoint may be tried.
+async fn connect(
+    pod: &Pod,
+    source: &Arc<Workload>,
+    route: Route,
+    client: SocketAddr,
+    flow: &mut Flow,
+) -> Result<Far, (FlowError, bool)> {
+    match route.kind {
+        RouteKind::Hbone => match tunnel(pod, source, route, client, flow).await {
+            Ok(stream) => Ok(Far::Tunnel(stream)),
+            Err(error) => {
+                let told = FlowError {
+                    text: error.to_string(),
+                    flag: error.flag(),
+                };
+                Err((told, error.is_of_the_endpoint()))
+            }
+        },
         RouteKind::Tcp | RouteKind::Passthrough => {
             flow.open();
-            let far = pod.connect(route.connect).await.map_err(|error| FlowError {
-                text: format!("io error: {error}"),
-                flag: "CONNECT",
-            });
-            Far::Socket(far.map_err(Refusal::Failed)?)
+            match pod.connect(route.connect).await {
+                Ok(far) => Ok(Far::Socket(far)),
+                Err(error) => {
+                    let told = FlowError {
+                        text: format!("io error: {error}"),
+                        flag: "CONNECT",
+                    };
+                    Err((told, true))
+                }
+            }
         }
-    };
-    Ok((far, registration))
+    }
 }
 
 /// Opens a stream for the flow.
 async fn tunnel(
     pod: &Pod,
-    source: Arc<Workload>,
+    source: &Arc<Workload>,
     route: Route,
     client: SocketAddr,
     flow: &mut Flow,
-) -> Result<Stream, FlowError> {
+) -> Result<Stream, hbone::OpenError> {
     let authority = route.authority.unwrap_or_default();
     flow.mtls(Some(source.identity.clone()));
     flow.hbone_addr(authority.clone());
@@ -122,7 +212,7 @@ async fn tunnel(
     let host = route.service.as_ref().map(|service| &*service.hostname);
     let headers = ConnectHeaders {
         authority,
-        baggage: Some(pod.baggage(&source).to_string()),
+        baggage: Some(pod.baggage(source).to_string()),
         forwarded: Some(forwarded(client, host)),
         traceparent: Some(pod.traceparent()),
         forwarded_network: None,
@@ -137,13 +227,8 @@ async fn tunnel(
         let (certificates, identity) = (pod.shared.certificates.clone(), source.identity.clone());
         async move { certificates.fetch(&identity).await.map_err(Into::into) }
     };
-    match pod.pool.open(&key, tls, &headers).await {
-        Ok(tunnelled) => Ok(tunnelled.stream),
-        Err(error) => Err(FlowError {
-            text: error.to_string(),
-            flag: error.flag(),
-        }),
-    }
+    let tunnelled = pod.pool.open(&key, tls, &headers).await?;
+    Ok(tunnelled.stream)
 }
 
 /// A `forwarded` header (RFC 7239).

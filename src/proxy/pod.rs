@@ -1,16 +1,18 @@
 //! One captured pod on one worker: who it is, its tunnels, its live flows.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
 use crate::identity::Certificates;
 use crate::mesh::Workload;
+use crate::mesh::balance::Choose;
 use crate::mesh_feed::SharedMesh;
 use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
@@ -24,6 +26,8 @@ use tokio::net::TcpStream;
 /// How long a flow waits for the record of its own workload.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
 
+/// How long an endpoint that failed is tried last.
+const SHUNNED: Duration = Duration::from_secs(10);
 /// So many live flows are judged anew in one go.
 const RECHECKED: usize = 256;
 
@@ -62,6 +66,20 @@ pub struct Pod {
     /// The baggage of the pod's workload record, rendered once per record.
     baggage: RefCell<Option<(Arc<Workload>, Rc<str>)>>,
     random: Cell<u64>,
+    /// Workloads that failed a moment ago, by uid, and until when they are tried last.
+    shunned: RefCell<HashMap<Arc<str>, Instant>>,
+}
+
+impl Choose for &Pod {
+    fn random(&mut self, bound: u64) -> u64 {
+        Pod::random(self, bound)
+    }
+
+    fn is_shunned(&self, workload_uid: &str) -> bool {
+        let shunned = self.shunned.borrow();
+        let until = shunned.get(workload_uid);
+        until.is_some_and(|until| Instant::now() < *until)
+    }
 }
 
 /// Dials tunnels from inside the pod.
@@ -98,6 +116,7 @@ impl Pod {
             drain,
             baggage: RefCell::new(None),
             random: Cell::new(seed | 1),
+            shunned: RefCell::default(),
         }
     }
 
@@ -189,6 +208,14 @@ impl Pod {
         let text: Rc<str> = workload.baggage().to_string().into();
         *cache = Some((workload.clone(), text.clone()));
         text
+    }
+
+    /// Has a workload tried last for a while.
+    pub fn shun(&self, workload_uid: Arc<str>) {
+        let now = Instant::now();
+        let mut shunned = self.shunned.borrow_mut();
+        shunned.retain(|_, until| now < *until);
+        shunned.insert(workload_uid, now + SHUNNED);
     }
 
     /// A pseudo-random number below `bound`, for balancing and trace ids; not for secrets.

@@ -186,6 +186,18 @@ impl Flow {
         }
     }
 
+    /// The endpoint could not be reached; the flow is about to be opened to another one.
+    pub fn abandon_attempt(&mut self, error: &FlowError) {
+        let record = &mut *self.0;
+        if let Some(place) = record.live.take() {
+            LIVE.with_borrow_mut(|flows| flows.remove(place));
+            let telemetry = &record.telemetry;
+            telemetry.traffic.of(&record.facts, error.flag).close(true);
+            let dst = record.facts.dst;
+            tracing::debug!("{dst} failed, trying another endpoint: {}", error.text);
+        }
+    }
+
     /// The flow is over.
     pub fn finish(mut self, result: Result<(), FlowError>) {
         match result {
