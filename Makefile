@@ -32,7 +32,8 @@ lint: ## formatting and clippy
 soak: packages ## ten minutes of mixed load, with checksums and a look for leaks (WARREN_SOAK_SECONDS)
 	WARREN_SOAK_SECONDS=$${WARREN_SOAK_SECONDS:-600} $(CARGO) test --test proxy soak -- --nocapture
 
-bench: packages ## what carrying costs: a tunnel beside a plain connection, and a whole mesh
+bench: packages ## what carrying costs: a tunnel, the pure parts, and a whole mesh beside the bare network
 	$(CARGO) bench -p hbone
+	$(CARGO) bench --features internals --bench pure
 	$(CARGO) build --release --bin warren
 	"$${CARGO_TARGET_DIR:-target}"/release/warren lab bench
