@@ -374,6 +374,53 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_that_failed_is_taken_last() {
+        struct Shuns(&'static [&'static str], u64);
+        impl Choose for Shuns {
+            fn random(&mut self, bound: u64) -> u64 {
+                self.1 += 1;
+                self.1 % bound
+            }
+            fn is_shunned(&self, workload_uid: &str) -> bool {
+                self.0.iter().any(|name| workload_uid.ends_with(name))
+            }
+        }
+        let client = pod("a", "client", "10.0.0.1");
+        let preferring = LoadBalancer {
+            routing_preferences: vec![Scope::Node],
+            mode: BalanceMode::Failover,
+            health_policy: HealthPolicy::OnlyHealthy,
+        };
+        for balancer in [None, Some(preferring)] {
+            let mut web = service("b", "web", "10.96.0.1");
+            web.load_balancer = balancer;
+            let mut near = serving(pod("b", "near", "10.0.0.2"), &web);
+            near.node = "n1".into();
+            let mut far = serving(pod("b", "far", "10.0.0.3"), &web);
+            far.node = "n2".into();
+            let mesh = mesh(vec![
+                Resource::Service(web.clone()),
+                Resource::Workload(near),
+                Resource::Workload(far),
+            ]);
+            let entry = mesh.service_entry(&web.key()).unwrap();
+            let mut picked = |shunned| {
+                let mut chooser = Shuns(shunned, 0);
+                let mut names: Vec<_> = (0..20)
+                    .filter_map(|_| pick(&mesh, entry, &client, 80, Purpose::Serve, &mut chooser))
+                    .map(|(_, workload)| workload.name.to_string())
+                    .collect();
+                names.sort();
+                names.dedup();
+                names
+            };
+            assert_eq!(picked(&["near"]), ["far"]);
+            assert_eq!(picked(&["far"]), ["near"]);
+            assert!(!picked(&["near", "far"]).is_empty());
+        }
+    }
+
+    #[test]
     fn near_endpoints_come_first_and_strict_takes_no_others() {
         let placed = |name: &str, network: &str, node: &str| {
             let mut workload = pod("b", name, "10.0.0.2");

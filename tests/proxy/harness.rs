@@ -139,6 +139,30 @@ impl Node {
         self.control = Self::control(&self.netns, &self.folder, &self.arguments);
     }
 
+    /// Runs a shell command in the pod's namespace.
+    pub fn shell(&self, text: &str) {
+        let mut command = Command::new("sh");
+        command.args(["-ec", text]);
+        let log = self.folder.join("shell.log");
+        let mut child = spawn(&mut command, &self.netns, &log);
+        let done = child.wait().unwrap().success();
+        assert!(done, "{text}: {}", std::fs::read_to_string(&log).unwrap());
+    }
+
+    /// Captures what the pod sends to those ranges, and gives the pod's namespace further addresses for peers.
+    pub fn capture(&self, ranges: &[&str], peers: &[&str]) {
+        self.shell("ip route add default dev eth0");
+        for peer in peers {
+            self.shell(&format!("ip addr add {peer}/32 dev eth0"));
+        }
+        for range in ranges {
+            let mark = "-m mark ! --mark 0x539/0xfff";
+            self.shell(&format!(
+                "iptables -w 10 -t nat -A OUTPUT -p tcp -d {range} {mark} -j REDIRECT --to-ports 15001"
+            ));
+        }
+    }
+
     /// The node agent.
     pub fn agent(&self) -> &ZdsServer {
         &self.agent
@@ -198,10 +222,13 @@ impl Node {
 
     /// A listener of the pod's application.
     pub fn listen(&self, port: u16) -> tokio::net::TcpListener {
-        let listener = within(self.netns.as_fd(), || {
-            std::net::TcpListener::bind((POD, port))
-        })
-        .unwrap();
+        self.listen_at(POD, port)
+    }
+
+    /// A listener at an address of the pod's namespace.
+    pub fn listen_at(&self, ip: &str, port: u16) -> tokio::net::TcpListener {
+        let bind = || std::net::TcpListener::bind((ip, port));
+        let listener = within(self.netns.as_fd(), bind).unwrap();
         listener.set_nonblocking(true).unwrap();
         tokio::net::TcpListener::from_std(listener).unwrap()
     }

@@ -3,5 +3,6 @@
 mod harness;
 mod hostile;
 mod life;
+mod outbound;
 mod soak;
 mod tunnel;
