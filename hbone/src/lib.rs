@@ -3,6 +3,8 @@
 mod client;
 mod counters;
 mod engine;
+#[cfg(test)]
+mod envoy_tests;
 mod error;
 mod headers;
 mod http2;

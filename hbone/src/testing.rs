@@ -11,6 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use crate::{TlsIdentity, TlsOptions};
 
 pub(crate) struct Authority {
+    pem: String,
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -31,9 +32,10 @@ impl Authority {
             DnType::OrganizationName,
             format!("root {:x?}", &key.public_key_raw()[1..9]),
         );
-        let certificate = params.self_signed(&key).unwrap().der().clone();
+        let certificate = params.self_signed(&key).unwrap();
         Self {
-            certificate,
+            pem: certificate.pem(),
+            certificate: certificate.der().clone(),
             issuer: Issuer::new(params, key),
         }
     }
@@ -59,6 +61,15 @@ impl Authority {
         params.not_after = rcgen::date_time_ymd(2020, 1, 2);
         let (chain, key, roots) = self.sign(params);
         Arc::new(TlsIdentity::new(chain, key, roots, &TlsOptions::default()).unwrap())
+    }
+
+    /// The root, a certificate for `uri` and its key.
+    pub fn pem(&self, uri: &str) -> [String; 3] {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+        let leaf = params.signed_by(&key, &self.issuer).unwrap();
+        [self.pem.clone(), leaf.pem(), key.serialize_pem()]
     }
 
     fn sign(&self, params: CertificateParams) -> Material {
