@@ -18,7 +18,7 @@ use crate::admin::ready::Ready;
 use crate::config::Config;
 use crate::identity::channel::Peer;
 use crate::identity::token::Credentials;
-use crate::identity::{CaClient, Certificates};
+use crate::identity::{CaClient, Certificates, crl};
 use crate::memory;
 use crate::mesh::{Store, dump};
 use crate::mesh_feed::SharedMesh;
@@ -70,7 +70,13 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
     spawn_local(certificates.clone().run());
     spawn_local(memory::follow(telemetry.clone()));
     let mesh = SharedMesh::new(Store::new("").snapshot());
+    let lists = config.crl.clone().map(crl::load).transpose()?;
+    let revocations = lists.as_ref().map(|lists| lists.revocations.clone());
+    if let Some(lists) = lists {
+        spawn_local(lists.follow(telemetry.clone()));
+    }
     let shared = Shared {
+        revocations,
         config: config.clone(),
         mesh: mesh.clone(),
         certificates: certificates.clone(),

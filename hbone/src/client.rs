@@ -12,8 +12,9 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::engine::{Engine, Failure, Outcome, Role, TunnelHandle, handshake};
-use crate::error::OpenError;
+use crate::error::{OpenError, Revoked};
 use crate::http2::Http2Config;
+use crate::revocation::numbers;
 use crate::stream::Stream;
 use crate::{Identity, LocalBoxFuture, TlsIdentity};
 
@@ -73,7 +74,7 @@ impl Tunnel {
             config.handshake_timeout,
             handshake::connect(&socket, tls_config),
         );
-        let proven = proven
+        let mut proven = proven
             .await
             .unwrap_or_else(|_| {
                 Err(io::Error::new(
@@ -85,6 +86,16 @@ impl Tunnel {
         if !proven.http2 {
             return Err(OpenError::Http2("peer does not speak HTTP/2".to_string()));
         }
+        let chain = std::mem::take(&mut proven.chain);
+        let guarded = config
+            .revocations
+            .clone()
+            .map(|list| (list, numbers(&chain)));
+        if let Some((revocations, chain)) = &guarded
+            && revocations.refuses(chain, false)
+        {
+            return Err(OpenError::Revoked(Revoked));
+        }
         let peer = proven.peer.clone();
         let streams = u32::from(config.max_streams_per_connection);
         let handle = engine.add(socket, proven, Role::Client, config.client(), streams);
@@ -92,6 +103,10 @@ impl Tunnel {
             .clone()
             .watch(config.ping_interval, config.ping_timeout);
         tokio::task::spawn_local(watch);
+        if let Some((revocations, chain)) = guarded {
+            let guard = handle.clone().guard(revocations, chain, Role::Client);
+            tokio::task::spawn_local(guard);
+        }
         Ok(Rc::new(Self {
             handle,
             limit: usize::from(config.max_streams_per_connection),

@@ -28,9 +28,16 @@ pub enum OpenError {
     Status(StatusCode),
     #[error("io error: the peer did not answer the CONNECT within {0:?}")]
     AnswerTimeout(Duration),
+    #[error("io error: {0}")]
+    Revoked(Revoked),
     #[error("pool draining")]
     Draining,
 }
+
+/// The peer's certificate is on a revocation list.
+#[derive(Clone, Copy, Debug, Error)]
+#[error("invalid peer certificate: Revoked")]
+pub struct Revoked;
 
 impl OpenError {
     /// The response flag for metrics.
@@ -39,6 +46,7 @@ impl OpenError {
             Self::ConnectTimeout(_) => "NETWORK_POLICY",
             Self::Tls(_) => "TLS_FAILURE",
             Self::Identity(_) => "IDENTITY_ERROR",
+            Self::Revoked(_) => "CERT_REVOKED",
             Self::Http2(_) | Self::H2(_) => "H2_HANDSHAKE_FAILURE",
             Self::Io(_) | Self::Status(_) | Self::AnswerTimeout(_) | Self::Draining => "CONNECT",
         }
@@ -47,7 +55,11 @@ impl OpenError {
     /// Whether it says something of the peer alone, so that another may be tried; the peer has taken no byte.
     pub fn is_of_the_endpoint(&self) -> bool {
         match self {
-            Self::Io(_) | Self::ConnectTimeout(_) | Self::Http2(_) | Self::H2(_) => true,
+            Self::Io(_)
+            | Self::ConnectTimeout(_)
+            | Self::Http2(_)
+            | Self::H2(_)
+            | Self::Revoked(_) => true,
             Self::Status(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
             Self::Tls(_) | Self::Identity(_) | Self::AnswerTimeout(_) | Self::Draining => false,
         }
@@ -82,6 +94,8 @@ impl OpenError {
 pub enum AcceptError {
     #[error("tls handshake error: {0}")]
     Tls(io::Error),
+    #[error("tls handshake error: {0}")]
+    Revoked(Revoked),
     #[error("tls handshake error: timed out after {0:?}")]
     TlsTimeout(Duration),
     #[error("h2 failed: {0}")]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::Revocations;
 use crate::engine::Limits;
 
 /// Both ends' HTTP/2 parameters and limits.
@@ -25,6 +26,8 @@ pub struct Http2Config {
     pub ping_interval: Duration,
     /// How long a ping may stay unanswered.
     pub ping_timeout: Duration,
+    /// Certificates that peers must not have.
+    pub revocations: Option<Revocations>,
 }
 
 impl Default for Http2Config {
@@ -39,6 +42,7 @@ impl Default for Http2Config {
             answer_timeout: Duration::from_secs(20),
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
+            revocations: None,
         }
     }
 }

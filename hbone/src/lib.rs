@@ -12,6 +12,7 @@ mod identity;
 #[cfg(test)]
 mod interop_tests;
 mod pool;
+mod revocation;
 mod server;
 mod spiffe_san;
 mod stream;
@@ -30,6 +31,7 @@ pub use headers::{Authority, AuthorityError, Baggage};
 pub use http2::Http2Config;
 pub use identity::{Identity, IdentityError};
 pub use pool::{Pool, PoolKey};
+pub use revocation::{RevocationError, Revocations};
 pub use server::{Incoming, IncomingHeaders, ServerTunnel, accept, canonical};
 pub use spiffe_san::identities;
 pub use stream::{CarryError, Stream};

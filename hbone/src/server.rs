@@ -9,9 +9,10 @@ use tokio::time::timeout;
 
 use crate::Identity;
 use crate::engine::{Engine, Failure, Fields, Role, StreamHandle, TunnelHandle, handshake};
-use crate::error::{AcceptError, StreamError};
+use crate::error::{AcceptError, Revoked, StreamError};
 use crate::headers::forwarded_host;
 use crate::http2::Http2Config;
+use crate::revocation::numbers;
 use crate::stream::Stream;
 
 /// An accepted tunnel; dropping it ends it with all its streams.
@@ -31,12 +32,22 @@ pub async fn accept(
     config: &Http2Config,
 ) -> Result<ServerTunnel, AcceptError> {
     let limit = config.handshake_timeout;
-    let proven = timeout(limit, handshake::accept(&socket, tls))
+    let mut proven = timeout(limit, handshake::accept(&socket, tls))
         .await
         .map_err(|_| AcceptError::TlsTimeout(limit))?
         .map_err(AcceptError::Tls)?;
     if !proven.http2 {
         return Err(AcceptError::NoAlpn);
+    }
+    let chain = std::mem::take(&mut proven.chain);
+    let guarded = config
+        .revocations
+        .clone()
+        .map(|list| (list, numbers(&chain)));
+    if let Some((revocations, chain)) = &guarded
+        && revocations.refuses(chain, true)
+    {
+        return Err(AcceptError::Revoked(Revoked));
     }
     let peer = proven.peer.clone();
     let tunnel = ServerTunnel {
@@ -52,6 +63,13 @@ pub async fn accept(
         .clone()
         .watch(config.ping_interval, config.ping_timeout);
     tokio::task::spawn_local(watch);
+    if let Some((revocations, chain)) = guarded {
+        let guard = tunnel
+            .handle
+            .clone()
+            .guard(revocations, chain, Role::Server);
+        tokio::task::spawn_local(guard);
+    }
     Ok(tunnel)
 }
 

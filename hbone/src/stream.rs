@@ -17,6 +17,8 @@ pub struct Stream(StreamHandle);
 pub enum CarryError {
     #[error("send: the tunnel broke: {0}")]
     Tunnel(Failure),
+    #[error("connection closed: peer certificate revoked by CRL")]
+    Revoked,
     #[error("send: {0}")]
     Read(Rc<io::Error>),
     #[error("receive: {0}")]
@@ -26,7 +28,10 @@ pub enum CarryError {
 impl CarryError {
     /// The response flag for metrics.
     pub fn flag(&self) -> &'static str {
-        "CONNECT"
+        match self {
+            Self::Revoked => "CERT_REVOKED",
+            Self::Tunnel(_) | Self::Read(_) | Self::Write(_) => "CONNECT",
+        }
     }
 }
 
@@ -52,6 +57,7 @@ impl Stream {
         match self.0.over().await {
             Outcome::Ended | Outcome::Reset(_) | Outcome::Unprocessed => Ok(()),
             Outcome::Tunnel(failure) if failure.is_abrupt_close() => Ok(()),
+            Outcome::Tunnel(Failure::Revoked) => Err(CarryError::Revoked),
             Outcome::Tunnel(failure) => Err(CarryError::Tunnel(failure)),
             Outcome::Read(error) | Outcome::Write(error) if is_abrupt_close(&error) => Ok(()),
             Outcome::Read(error) => Err(CarryError::Read(error)),

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
@@ -27,7 +28,7 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.distinguished_name.push(
             DnType::OrganizationName,
             format!("root {:x?}", &key.public_key_raw()[1..9]),
@@ -72,6 +73,27 @@ impl Authority {
         [self.pem.clone(), leaf.pem(), key.serialize_pem()]
     }
 
+    /// A list with that certificate on it, PEM.
+    pub fn revoke(&self, certificate: &CertificateDer<'_>) -> String {
+        let serial = crate::testing::serial(certificate);
+        let now = rcgen::date_time_ymd(2026, 1, 1);
+        let entry = RevokedCertParams {
+            serial_number: SerialNumber::from_slice(&serial),
+            revocation_time: now,
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: now,
+            next_update: rcgen::date_time_ymd(2036, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![entry],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+
     fn sign(&self, params: CertificateParams) -> Material {
         let key = KeyPair::generate().unwrap();
         let leaf = params.signed_by(&key, &self.issuer).unwrap();
@@ -87,4 +109,11 @@ impl Authority {
         let (chain, key, roots) = self.material(uri);
         Arc::new(TlsIdentity::new(chain, key, roots, &TlsOptions::default()).unwrap())
     }
+}
+
+/// A certificate's number, as its bytes.
+fn serial(certificate: &CertificateDer<'_>) -> Vec<u8> {
+    use x509_parser::prelude::FromDer;
+    let (_, parsed) = x509_parser::prelude::X509Certificate::from_der(certificate).unwrap();
+    parsed.raw_serial().to_vec()
 }

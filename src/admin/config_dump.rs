@@ -93,7 +93,7 @@ pub fn config(config: &Config) -> Value {
         "ztunnelIdentity": null,
         "ztunnelWorkload": if config.pod_name.is_empty() { Value::Null } else { own },
         "ipv6Enabled": config.ipv6,
-        "crlPath": null,
+        "crlPath": config.crl,
         "enableEnhancedBaggage": config.response_baggage,
     });
     if let (Some(all), Value::Object(rest)) = (dump.as_object_mut(), rest) {

@@ -127,6 +127,8 @@ pub struct Config {
     pub pod_namespace: String,
     pub instance_ip: String,
     pub trust_domain: String,
+    /// Revocation lists.
+    pub crl: Option<PathBuf>,
     pub xds: ControlPeer,
     pub ca: ControlPeer,
     pub token: TokenSource,
@@ -230,11 +232,6 @@ impl Config {
                 )));
             }
         }
-        if env.text("CRL_PATH").is_some() {
-            return Err(ConfigError::Invalid(
-                "CRL_PATH is set, but this version cannot check revocation; unset it to start without".into(),
-            ));
-        }
         let pqc = match env.text("COMPLIANCE_POLICY") {
             None => false,
             Some("pqc") => true,
@@ -323,6 +320,7 @@ impl Config {
             pod_name: env.owned("POD_NAME", ""),
             pod_namespace: env.owned("POD_NAMESPACE", ""),
             instance_ip: env.owned("INSTANCE_IP", "1.1.1.1"),
+            crl: env.text("CRL_PATH").map(PathBuf::from),
             trust_domain: env.owned("TRUST_DOMAIN", "cluster.local"),
             xds: env.peer("XDS", &default_control)?,
             ca,

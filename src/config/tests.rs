@@ -46,7 +46,6 @@ fn what_is_not_built_refuses_to_start() {
     for variable in [
         ("FAKE_CA", "true"),
         ("PROXY_MODE", "dedicated"),
-        ("CRL_PATH", "/crl"),
         ("CA_ADDRESS", ""),
     ] {
         assert!(

@@ -3,6 +3,7 @@
 pub mod ca_client;
 pub mod certificates;
 pub mod channel;
+pub mod crl;
 pub mod csr;
 mod dump;
 mod queue;

@@ -404,7 +404,7 @@ mod tests {
                 Resource::Workload(far),
             ]);
             let entry = mesh.service_entry(&web.key()).unwrap();
-            let mut picked = |shunned| {
+            let picked = |shunned| {
                 let mut chooser = Shuns(shunned, 0);
                 let mut names: Vec<_> = (0..20)
                     .filter_map(|_| pick(&mesh, entry, &client, 80, Purpose::Serve, &mut chooser))

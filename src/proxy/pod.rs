@@ -38,6 +38,7 @@ pub struct Shared {
     pub mesh: SharedMesh,
     pub certificates: Certificates,
     pub telemetry: Arc<Telemetry>,
+    pub revocations: Option<hbone::Revocations>,
 }
 
 /// A pod as the node agent announced it.
@@ -101,6 +102,7 @@ impl Pod {
             frame_size: config.frame_size,
             max_streams_per_connection: config.pool_max_streams,
             unused_release: config.pool_unused_release,
+            revocations: shared.revocations.clone(),
             ..Http2Config::default()
         };
         let connector = Connector::new(spec.netns.clone(), config.clone());

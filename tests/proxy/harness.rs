@@ -334,6 +334,29 @@ impl Certificate {
         self
     }
 
+    /// A revocation list with the certificate of an identity on it.
+    pub fn revoke(&self, identity: &TlsIdentity) -> String {
+        use x509_parser::prelude::FromDer;
+        let leaf = &identity.chain()[0];
+        let (_, parsed) = x509_parser::prelude::X509Certificate::from_der(leaf).unwrap();
+        let now = rcgen::date_time_ymd(2026, 1, 1);
+        let entry = rcgen::RevokedCertParams {
+            serial_number: rcgen::SerialNumber::from_slice(parsed.raw_serial()),
+            revocation_time: now,
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = rcgen::CertificateRevocationListParams {
+            this_update: now,
+            next_update: rcgen::date_time_ymd(2036, 1, 1),
+            crl_number: rcgen::SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![entry],
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+
     /// The certificate with a new key, and the configurations made of it.
     pub fn identity(&self) -> Arc<TlsIdentity> {
         const DAY: Duration = Duration::from_secs(24 * 3600);

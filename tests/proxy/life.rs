@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::harness::{Node, POD, wait_for};
-use crate::tunnel::{open, request, status};
+use crate::tunnel::{answer, config, open, request, status, tls};
 
 const APPLICATION: &str = "10.0.0.9:8080";
 
@@ -186,4 +186,69 @@ async fn a_malformed_setting_refuses_to_start_and_says_which() {
             "{name}: {text}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_ends_its_tunnels_and_opens_no_new_ones() {
+    let folder = std::env::temp_dir().join(format!("wrn-crl-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("lists.pem");
+    let variables = [("CRL_PATH", path.to_str().unwrap())];
+    let Some(node) = Node::start("crl", &variables).await else {
+        return;
+    };
+    node.logged(&["nothing is revoked until they are"]).await;
+    let application = node.listen(8080);
+    let certificate = node.certificate("spiffe://cluster.local/ns/a/sa/curl");
+    let (revoked, sound) = (certificate.identity(), certificate.identity());
+    let tunnel = async |identity: &std::sync::Arc<hbone::TlsIdentity>| {
+        let stream = tls(&node, config(identity)).await.ok()?;
+        let (send, connection) = h2::client::handshake(stream).await.ok()?;
+        tokio::spawn(connection);
+        answer(send, request(APPLICATION)).await.ok()
+    };
+    let (send, connection) = h2::client::handshake(tls(&node, config(&revoked)).await.unwrap())
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let mut send = send.ready().await.unwrap();
+    let (response, _stream) = send.send_request(request(APPLICATION), false).unwrap();
+    let mut body = response.await.unwrap().into_body();
+    let _live = application.accept().await.unwrap();
+
+    std::fs::write(&path, certificate.revoke(&revoked)).unwrap();
+    node.logged(&["revocation lists read: 1 revoked certificates"])
+        .await;
+    let cut = tokio::time::timeout(Duration::from_secs(20), body.data());
+    assert!(!matches!(cut.await.unwrap(), Some(Ok(_))));
+    let line = node
+        .logged(&["connection closed: peer certificate revoked by CRL"])
+        .await;
+    assert!(
+        line.contains("error\taccess\tconnection complete"),
+        "{line}"
+    );
+    assert_eq!(tunnel(&revoked).await, None);
+    node.logged(&[
+        "connection failed",
+        "tls handshake error: invalid peer certificate: Revoked",
+    ])
+    .await;
+    assert_eq!(tunnel(&sound).await, Some(200));
+
+    // What cannot be read changes nothing.
+    std::fs::write(&path, "junk").unwrap();
+    node.logged(&["what was revoked before stays revoked"])
+        .await;
+    assert_eq!(tunnel(&revoked).await, None);
+    let counted = "istio_crl_policy_rejections_total{reporter=\"destination\"} 3";
+    for _ in 0..500 {
+        let (_, metrics) = node.http("GET", 15020, "/metrics").await;
+        if metrics.contains(counted) && metrics.contains("response_flags=\"CERT_REVOKED\"") {
+            let _ = std::fs::remove_dir_all(&folder);
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("{counted} did not come");
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use rustls::client::UnbufferedClientConnection;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, ServerConfig};
@@ -24,6 +24,8 @@ pub struct Proven {
     pub records: Records,
     /// Who the peer proved to be.
     pub peer: Option<Identity>,
+    /// What the peer proved it with.
+    pub chain: Vec<CertificateDer<'static>>,
     /// Whether HTTP/2 was agreed on.
     pub http2: bool,
     /// Plaintext that came along with the end of the handshake.
@@ -41,10 +43,10 @@ pub async fn connect(socket: &TcpStream, config: Arc<ClientConfig>) -> io::Resul
     let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
     let mut connection = UnbufferedClientConnection::new(config, name).map_err(invalid)?;
     let buffers = prove(socket, &mut connection).await?;
-    let (peer, http2) = agreed(&connection);
+    let agreed = Agreed::of(&connection);
     let keys = connection.dangerous_into_kernel_connection();
     let records = Records::client(keys.map_err(invalid)?);
-    buffers.proven(records, peer, http2)
+    buffers.proven(records, agreed)
 }
 
 /// Proves both ends, called.
@@ -54,20 +56,30 @@ pub async fn connect(socket: &TcpStream, config: Arc<ClientConfig>) -> io::Resul
 pub async fn accept(socket: &TcpStream, config: Arc<ServerConfig>) -> io::Result<Proven> {
     let mut connection = UnbufferedServerConnection::new(config).map_err(invalid)?;
     let buffers = prove(socket, &mut connection).await?;
-    let (peer, http2) = agreed(&connection);
+    let agreed = Agreed::of(&connection);
     let keys = connection.dangerous_into_kernel_connection();
     let records = Records::server(keys.map_err(invalid)?);
-    buffers.proven(records, peer, http2)
+    buffers.proven(records, agreed)
 }
 
 fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
-fn agreed(state: &CommonState) -> (Option<Identity>, bool) {
-    let chain = state.peer_certificates();
-    let peer = chain.and_then(|chain| identities(chain.first()?).into_iter().next());
-    (peer, state.alpn_protocol() == Some(b"h2"))
+/// What a handshake brought besides keys.
+struct Agreed {
+    chain: Vec<CertificateDer<'static>>,
+    http2: bool,
+}
+
+impl Agreed {
+    fn of(state: &CommonState) -> Self {
+        let chain = state.peer_certificates().unwrap_or_default();
+        Self {
+            chain: chain.iter().map(|part| part.clone().into_owned()).collect(),
+            http2: state.alpn_protocol() == Some(b"h2"),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -211,15 +223,13 @@ async fn read(socket: &TcpStream, input: &mut Vec<u8>) -> io::Result<()> {
 }
 
 impl Buffers {
-    fn proven(
-        self,
-        records: Result<Records, RecordError>,
-        peer: Option<Identity>,
-        http2: bool,
-    ) -> io::Result<Proven> {
+    fn proven(self, records: Result<Records, RecordError>, agreed: Agreed) -> io::Result<Proven> {
+        let Agreed { chain, http2 } = agreed;
+        let leaf = chain.first();
         Ok(Proven {
             records: records.map_err(invalid)?,
-            peer,
+            peer: leaf.and_then(|leaf| identities(leaf).into_iter().next()),
+            chain,
             http2,
             early: self.early,
             rest: self.input,

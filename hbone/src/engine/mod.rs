@@ -45,7 +45,8 @@ pub mod internals {
     pub use super::connection::{Connection, Limits, Role};
 }
 
-use crate::Counters;
+use crate::revocation::Number;
+use crate::{Counters, Revocations};
 use connection::Connection;
 use flow::Ticket;
 use handshake::Proven;
@@ -320,6 +321,27 @@ impl TunnelHandle {
             // The client may have given up meanwhile.
             if !request.ticket.is_gone() {
                 return Some(request);
+            }
+        }
+    }
+
+    /// Ends it once a certificate of the peer's chain is revoked.
+    pub async fn guard(self, revocations: Revocations, chain: Vec<Number>, role: Role) {
+        let mut changes = revocations.subscribe();
+        loop {
+            let over = self.shared.over.notified();
+            if self.shared.is_over() {
+                return;
+            }
+            if revocations.refuses(&chain, matches!(role, Role::Server)) {
+                tracing::info!("a tunnel was closed: its peer's certificate is revoked");
+                return self.stop(Failure::Revoked);
+            }
+            tokio::select! {
+                () = over => return,
+                changed = changes.changed() => if changed.is_err() {
+                    return;
+                },
             }
         }
     }

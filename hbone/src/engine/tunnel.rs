@@ -46,6 +46,8 @@ pub enum Failure {
     Silent,
     #[error("the tunnel was stopped")]
     Stopped,
+    #[error("peer certificate revoked by CRL")]
+    Revoked,
 }
 
 impl Failure {
@@ -54,7 +56,7 @@ impl Failure {
         match self {
             Self::Closed | Self::Stopped => true,
             Self::Io(error) => is_abrupt_close(error),
-            Self::Records(_) | Self::Protocol(_) | Self::Silent => false,
+            Self::Records(_) | Self::Protocol(_) | Self::Silent | Self::Revoked => false,
         }
     }
 }
@@ -638,7 +640,7 @@ impl Tunnel {
                     self.http.go_away(fault.reason);
                     self.flush(scratch).is_ok()
                 }
-                Failure::Silent | Failure::Stopped => {
+                Failure::Silent | Failure::Stopped | Failure::Revoked => {
                     self.http.go_away(Reason::NO_ERROR);
                     self.flush(scratch).is_ok()
                 }
