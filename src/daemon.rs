@@ -1,10 +1,12 @@
 //! `warren proxy`: the node's tunnel daemon, put together.
 
+use std::cell::RefCell;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Context;
+use hbone::TlsOptions;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
@@ -14,14 +16,17 @@ use tokio::task::{LocalSet, spawn_local};
 use crate::admin::config_dump;
 use crate::admin::console::{self, Console};
 use crate::admin::http::{self, Reply};
-use crate::admin::ready::Ready;
-use crate::config::Config;
+use crate::admin::ready::{Ready, Task};
+use crate::config::{Config, Mode};
 use crate::identity::channel::Peer;
+use crate::identity::fake_ca::FakeCa;
 use crate::identity::token::Credentials;
 use crate::identity::{CaClient, Certificates, crl};
+use crate::local::{self, Local};
 use crate::memory;
 use crate::mesh::{Store, dump};
-use crate::mesh_feed::SharedMesh;
+use crate::mesh_feed::{MeshWriter, SharedMesh};
+use crate::node::zds::PodHandler;
 use crate::node::{sockets, zds};
 use crate::policy::evaluate;
 use crate::proxy::pod::Shared;
@@ -89,7 +94,14 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
     serve_readiness(&workers[0], &config, &ready).await?;
     let pods = Rc::new(Pods::new(shared, workers, ready.clone()));
     let quit = Arc::new(Notify::new());
-    serve_http(&config, &pods, &telemetry, &mesh, &certificates, &quit)?;
+    let dumped = Rc::new(Dumped {
+        config: config.clone(),
+        pods: pods.clone(),
+        mesh: mesh.clone(),
+        certificates: certificates.clone(),
+        local: RefCell::default(),
+    });
+    serve_http(&config, &dumped, &telemetry, &quit)?;
 
     let state = ready.register("state manager");
     let (synced, arrived) = oneshot::channel();
@@ -97,21 +109,27 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
         drop(state);
         let _ = synced.send(());
     };
-    follow_control_plane(&config, &mesh, &certificates, &telemetry, done)?;
+    let writer = MeshWriter::new(config.node.clone(), mesh, certificates);
+    let writer = Rc::new(writer);
+    if let Some(source) = config.local_xds.clone() {
+        let local = Local::load(source)?;
+        *dumped.local.borrow_mut() = local.state();
+        let told = dumped.clone();
+        let told = move |state| *told.local.borrow_mut() = state;
+        spawn_local(local.follow(writer.clone(), told));
+    }
+    follow_control_plane(&config, writer, &telemetry, done)?;
     let work = async {
         // Pods are only served once it is known who may talk to whom.
         let _ = arrived.await;
-        drop(starting);
-        zds::follow(&config.zds_path, &*pods).await
+        let code = serve_pods(&config, &pods, starting).await;
+        code.unwrap_or_else(|error| {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        })
     };
     let code = tokio::select! {
-        ended = work => match ended {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                tracing::error!("the node agent broke the protocol: {error}");
-                ExitCode::FAILURE
-            }
-        },
+        code = work => code,
         reason = told_to_stop(&quit) => {
             tracing::info!("{reason}");
             ExitCode::SUCCESS
@@ -125,7 +143,35 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
+/// Serves whom this process is there for; only ends when it cannot go on.
+async fn serve_pods(config: &Config, pods: &Pods, starting: [Task; 2]) -> anyhow::Result<ExitCode> {
+    let refused = |error: String| anyhow::anyhow!(error);
+    if let Mode::Dedicated(name) = &config.mode {
+        pods.ready(true);
+        pods.serve_here(name).await.map_err(refused)?;
+        drop(starting);
+        return std::future::pending().await;
+    }
+    if let Some(name) = &config.own_workload
+        && let Err(error) = pods.serve_own(name).await
+    {
+        tracing::error!("the proxy's own metrics cannot be reached through the mesh: {error}");
+    }
+    drop(starting);
+    let ended = zds::follow(&config.zds_path, pods).await;
+    ended.context("the node agent broke the protocol")?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn certificates(config: &Config) -> anyhow::Result<Certificates> {
+    if config.fake_ca {
+        tracing::warn!("FAKE_CA=true: certificates are signed here and prove nothing");
+        let tls = TlsOptions {
+            tls12: config.tls12,
+            pqc: config.pqc,
+        };
+        return Ok(Certificates::new(Arc::new(FakeCa::open(tls)?)));
+    }
     let peer = Peer::new(config, &config.ca).context("CA_ADDRESS is empty")?;
     let credentials =
         Credentials::new(config.token.clone(), &config.cluster_id, &config.ca.headers)?;
@@ -133,6 +179,7 @@ fn certificates(config: &Config) -> anyhow::Result<Certificates> {
         &peer,
         credentials,
         config.secret_ttl,
+        config.mode == Mode::Shared,
     )?)))
 }
 
@@ -150,13 +197,11 @@ async fn serve_readiness(worker: &Worker, config: &Config, ready: &Ready) -> any
 
 fn serve_http(
     config: &Arc<Config>,
-    pods: &Rc<Pods>,
+    dumped: &Rc<Dumped>,
     telemetry: &Arc<Telemetry>,
-    mesh: &SharedMesh,
-    certificates: &Certificates,
     quit: &Arc<Notify>,
 ) -> anyhow::Result<()> {
-    let scraped = (pods.clone(), telemetry.clone());
+    let scraped = (dumped.pods.clone(), telemetry.clone());
     spawn_local(http::serve(
         http::listen(config.stats)?,
         "stats",
@@ -171,12 +216,6 @@ fn serve_http(
             }
         },
     ));
-    let dumped = Rc::new(Dumped {
-        config: config.clone(),
-        pods: pods.clone(),
-        mesh: mesh.clone(),
-        certificates: certificates.clone(),
-    });
     for address in sockets::addresses(config.admin, config.ipv6 && sockets::has_ipv6()) {
         let (dumped, quit) = (dumped.clone(), quit.clone());
         let handler = move |request| console::answer(dumped.clone(), quit.clone(), request);
@@ -187,31 +226,22 @@ fn serve_http(
 
 fn follow_control_plane(
     config: &Arc<Config>,
-    mesh: &SharedMesh,
-    certificates: &Certificates,
+    mesh: Rc<MeshWriter>,
     telemetry: &Arc<Telemetry>,
     synced: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        config.local_xds.is_none(),
-        "LOCAL_XDS and LOCAL_XDS_PATH are not supported by this version; use warren control --manifests"
-    );
-    let peer = Peer::new(config, &config.xds)
-        .context("XDS_ADDRESS is empty: without a control plane nothing would ever be let in; name its address")?;
+    let Some(peer) = Peer::new(config, &config.xds) else {
+        mesh.needs_no_policies();
+        synced();
+        return Ok(());
+    };
     let credentials = Credentials::new(
         config.token.clone(),
         &config.cluster_id,
         &config.xds.headers,
     )?;
-    let client = xds::client::Client::new(
-        config,
-        peer,
-        credentials,
-        mesh.clone(),
-        certificates.clone(),
-        telemetry.clone(),
-        synced,
-    );
+    let telemetry = telemetry.clone();
+    let client = xds::client::Client::new(config, peer, credentials, mesh, telemetry, synced);
     spawn_local(client.run());
     Ok(())
 }
@@ -221,6 +251,8 @@ struct Dumped {
     pods: Rc<Pods>,
     mesh: SharedMesh,
     certificates: Certificates,
+    /// What the local source says.
+    local: RefCell<Arc<local::State>>,
 }
 
 impl Console for Dumped {
@@ -232,7 +264,7 @@ impl Console for Dumped {
             "policies": dump::policies(&mesh),
             "services": dump::services(&mesh),
             "stagedServices": dump::staged_services(&mesh),
-            "staticConfig": { "workloads": [], "policies": [], "services": [] },
+            "staticConfig": self.local.borrow().dump(),
             "version": version::dump(),
             "workloads": dump::workloads(&mesh),
             "workloadState": self.pods.dump().await,

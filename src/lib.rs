@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod dns;
 pub mod identity;
 pub mod lab;
+pub mod local;
 pub mod memory;
 pub mod mesh;
 pub mod mesh_feed;

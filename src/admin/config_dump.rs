@@ -1,11 +1,13 @@
 //! The configuration as the dump shows it; secrets are never part of it.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::config::{Config, ControlPeer, ILLEGAL_PORTS, ListenAddress, RootSource};
+use crate::config::{
+    Config, ControlPeer, ListenAddress, Mode, RootSource, SOCKS5_PORT, WorkloadName,
+};
 
 fn duration(time: Duration) -> Value {
     json!({ "secs": time.as_secs(), "nanos": time.subsec_nanos() })
@@ -22,6 +24,12 @@ fn socket(address: SocketAddr) -> Value {
     json!({ "SocketAddr": address.to_string() })
 }
 
+fn named(workload: &WorkloadName) -> Value {
+    json!({
+        "namespace": workload.namespace, "name": workload.name, "serviceAccount": workload.service_account,
+    })
+}
+
 fn root(peer: &ControlPeer) -> Value {
     match &peer.root {
         RootSource::File(path) => json!({ "File": path }),
@@ -33,18 +41,19 @@ fn root(peer: &ControlPeer) -> Value {
 /// Every effective setting.
 pub fn config(config: &Config) -> Value {
     let wildcard = |port| socket(SocketAddr::new(config.wildcard(), port));
-    let own = json!({
-        "namespace": config.pod_namespace, "name": config.pod_name, "trustDomain": config.trust_domain,
-    });
+    let dedicated = match &config.mode {
+        Mode::Dedicated(name) => Some(name),
+        Mode::Shared => None,
+    };
     let mut dump = json!({
-        "proxy": true,
+        "proxy": config.proxy,
         "dnsProxy": config.dns,
         "windowSize": config.stream_window,
         "connectionWindowSize": config.connection_window,
         "frameSize": config.frame_size,
         "poolMaxStreamsPerConn": config.pool_max_streams,
         "poolUnusedReleaseTimeout": duration(config.pool_unused_release),
-        "socks5Addr": null,
+        "socks5Addr": config.socks5.then(|| socket((Ipv4Addr::LOCALHOST, SOCKS5_PORT).into())),
         "adminAddr": listen(config.admin, config.ipv6),
         "statsAddr": socket(config.stats),
         "readinessAddr": socket(config.readiness),
@@ -52,11 +61,11 @@ pub fn config(config: &Config) -> Value {
         "inboundPlaintextAddr": wildcard(crate::config::PLAINTEXT_PORT),
         "outboundAddr": wildcard(crate::config::OUTBOUND_PORT),
         "dnsProxyAddr": listen(config.dns_address, config.ipv6),
-        "illegalPorts": ILLEGAL_PORTS,
+        "illegalPorts": config.illegal_ports(),
         "network": config.network,
         "localNode": config.node,
-        "proxyMode": "Shared",
-        "proxyWorkloadInformation": null,
+        "proxyMode": if dedicated.is_some() { "Dedicated" } else { "Shared" },
+        "proxyWorkloadInformation": dedicated.map(named),
         "clusterId": config.cluster_id,
         "clusterDomain": config.cluster_domain,
         "caAddress": config.ca.address,
@@ -69,8 +78,8 @@ pub fn config(config: &Config) -> Value {
         "secretTtl": duration(config.secret_ttl),
     });
     let rest = json!({
-        "xdsOnDemand": false,
-        "fakeCa": false,
+        "xdsOnDemand": config.on_demand,
+        "fakeCa": config.fake_ca,
         "fakeSelfInbound": false,
         "selfTerminationDeadline": duration(config.termination_deadline),
         "proxyMetadata": config.metadata,
@@ -89,9 +98,11 @@ pub fn config(config: &Config) -> Value {
         },
         "xdsHeaders": headers(&config.xds),
         "caHeaders": headers(&config.ca),
-        "localhostAppTunnel": false,
-        "ztunnelIdentity": null,
-        "ztunnelWorkload": if config.pod_name.is_empty() { Value::Null } else { own },
+        "localhostAppTunnel": config.localhost_app_tunnel,
+        "ztunnelIdentity": config.own_workload.as_ref().map(|own| {
+            hbone::Identity::new(&config.trust_domain, &own.namespace, &own.service_account).to_string()
+        }),
+        "ztunnelWorkload": config.own_workload.as_ref().map(named),
         "ipv6Enabled": config.ipv6,
         "crlPath": config.crl,
         "enableEnhancedBaggage": config.response_baggage,

@@ -2,6 +2,7 @@
 //!
 //! Precedence: a variable of the environment, then `PROXY_CONFIG`, then the mesh config file.
 
+mod environment;
 mod parse;
 mod proxy_config;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::policy::Egress;
+use environment::Variables;
 use proxy_config::ProxyConfig;
 
 /// Captured egress.
@@ -21,8 +23,8 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const PLAINTEXT_PORT: u16 = 15006;
 /// HBONE.
 pub const HBONE_PORT: u16 = 15008;
-/// Ports that a flow may never be carried to: they are Warren's own.
-pub const ILLEGAL_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT];
+/// SOCKS5, where it is switched on.
+pub const SOCKS5_PORT: u16 = 15080;
 
 const ADMIN_PORT: u16 = 15000;
 const STATS_PORT: u16 = 15020;
@@ -106,9 +108,38 @@ pub enum ListenAddress {
     At(SocketAddr),
 }
 
+/// A workload as the node agent names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkloadName {
+    pub namespace: String,
+    pub name: String,
+    pub service_account: String,
+}
+
+/// Whom the process serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The pods that the node agent names, each in its own network namespace.
+    Shared,
+    /// One workload, in the network namespace of the process.
+    Dedicated(WorkloadName),
+}
+
 /// The whole configuration of `warren proxy`.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Whether traffic is carried at all, or only DNS answered.
+    pub proxy: bool,
+    pub mode: Mode,
+    /// The proxy's own workload, for its own metrics through the mesh.
+    pub own_workload: Option<WorkloadName>,
+    pub socks5: bool,
+    /// Certificates of a root that every process of this user on this machine shares, for trying things out.
+    pub fake_ca: bool,
+    /// Addresses are asked for when they are needed, instead of all of them ahead.
+    pub on_demand: bool,
+    /// Applications that take the PROXY protocol are reached over loopback.
+    pub localhost_app_tunnel: bool,
     pub dns: bool,
     pub dns_address: ListenAddress,
     pub stream_window: u32,
@@ -172,6 +203,12 @@ impl Config {
         }
     }
 
+    /// Ports that a flow may never be carried to: they are Warren's own.
+    pub fn illegal_ports(&self) -> &'static [u16] {
+        const PORTS: &[u16] = &[OUTBOUND_PORT, PLAINTEXT_PORT, HBONE_PORT, SOCKS5_PORT];
+        if self.socks5 { PORTS } else { &PORTS[..3] }
+    }
+
     /// Reads the configuration of this process.
     ///
     /// # Errors
@@ -207,30 +244,21 @@ impl Config {
         let proxy_config = ProxyConfig::load(mesh_config, env.text("PROXY_CONFIG"))?;
         let metadata = env.metadata(&proxy_config);
 
-        if env.get("PROXY_MODE", "shared", |v| match v {
-            "shared" | "dedicated" => Ok(v.to_string()),
-            _ => Err("expected shared or dedicated".to_string()),
-        })? == "dedicated"
-        {
+        let mode = env.mode()?;
+        let on_demand = env.get("XDS_ON_DEMAND", "false", parse::boolean)?;
+        if on_demand {
             return Err(ConfigError::Invalid(
-                "PROXY_MODE=dedicated is not supported by this version; run in shared mode".into(),
+                "XDS_ON_DEMAND=true: on-demand discovery is not supported by this version".into(),
             ));
         }
-        if !env.get("ENABLE_PROXY", "true", parse::boolean)? {
+        let proxy = env.get("ENABLE_PROXY", "true", parse::boolean)?;
+        let dns = metadata
+            .get("DNS_CAPTURE")
+            .is_none_or(|v| v.eq_ignore_ascii_case("true"));
+        if !proxy && !dns {
             return Err(ConfigError::Invalid(
-                "ENABLE_PROXY=false is not supported by this version".into(),
+                "the proxy would serve nothing: ENABLE_PROXY=false and DNS capture is off".into(),
             ));
-        }
-        for (name, wish) in [
-            ("XDS_ON_DEMAND", "on-demand discovery"),
-            ("FAKE_CA", "the built-in test CA"),
-            ("UNSTABLE_ENABLE_SOCKS5", "the SOCKS5 listener"),
-        ] {
-            if env.get(name, "false", parse::boolean)? {
-                return Err(ConfigError::Invalid(format!(
-                    "{name}=true: {wish} is not supported by this version"
-                )));
-            }
         }
         let pqc = match env.text("COMPLIANCE_POLICY") {
             None => false,
@@ -239,16 +267,7 @@ impl Config {
                 return Err(env.wrong("COMPLIANCE_POLICY", other, "expected pqc"));
             }
         };
-        let local_xds = match (env.text("LOCAL_XDS_PATH"), env.text("LOCAL_XDS")) {
-            (Some(_), Some(_)) => {
-                return Err(ConfigError::Invalid(
-                    "only one of LOCAL_XDS_PATH and LOCAL_XDS may be set".into(),
-                ));
-            }
-            (Some(path), None) => Some(LocalXds::File(path.into())),
-            (None, Some(text)) => Some(LocalXds::Inline(text.to_string())),
-            (None, None) => None,
-        };
+        let local_xds = env.local_xds()?;
         let egress = Egress {
             registry_only: env.get("OUTBOUND_TRAFFIC_POLICY", "ALLOW_ANY", |v| match v {
                 "ALLOW_ANY" => Ok(false),
@@ -280,16 +299,30 @@ impl Config {
             }
             None => TokenSource::None,
         };
-        if ca.address.is_none() {
+        let fake_ca = env.get("FAKE_CA", "false", parse::boolean)?;
+        if ca.address.is_none() && !fake_ca {
             return Err(ConfigError::Invalid(
                 "CA_ADDRESS is empty: without a CA no identity can be had; name the CA's address"
                     .into(),
             ));
         }
+        let xds = env.peer("XDS", &default_control)?;
+        if xds.address.is_none() && local_xds.is_none() {
+            return Err(ConfigError::Invalid(
+                "XDS_ADDRESS is empty: without a control plane nothing would ever be let in; name its address, or give \
+                 the state in LOCAL_XDS_PATH"
+                    .into(),
+            ));
+        }
+        let default_mark = if mode == Mode::Shared { "1337" } else { "0" };
         Ok(Self {
-            dns: metadata
-                .get("DNS_CAPTURE")
-                .is_none_or(|v| v.eq_ignore_ascii_case("true")),
+            proxy,
+            own_workload: env.own_workload().filter(|_| mode == Mode::Shared),
+            socks5: env.get("UNSTABLE_ENABLE_SOCKS5", "false", parse::boolean)?,
+            fake_ca,
+            on_demand,
+            localhost_app_tunnel: env.get("LOCALHOST_APP_TUNNEL", "true", parse::boolean)?,
+            dns,
             dns_address: match metadata.get("DNS_PROXY_ADDR") {
                 None => ListenAddress::Localhost(DNS_PORT),
                 Some(text) => dns_address(text)?,
@@ -322,7 +355,7 @@ impl Config {
             instance_ip: env.owned("INSTANCE_IP", "1.1.1.1"),
             crl: env.text("CRL_PATH").map(PathBuf::from),
             trust_domain: env.owned("TRUST_DOMAIN", "cluster.local"),
-            xds: env.peer("XDS", &default_control)?,
+            xds,
             ca,
             token,
             preferred_service_namespace: env.text("PREFERED_SERVICE_NAMESPACE").map(str::to_string),
@@ -338,7 +371,7 @@ impl Config {
                     parse::boolean(v).map_err(|reason| env.wrong("ENABLE_ORIG_SRC", v, &reason))
                 })
                 .transpose()?,
-            packet_mark: env.get("PACKET_MARK", "1337", |v| match v.parse::<u32>() {
+            packet_mark: env.get("PACKET_MARK", default_mark, |v| match v.parse::<u32>() {
                 Ok(0) => Ok(None),
                 Ok(mark) => Ok(Some(mark)),
                 Err(_) => Err("expected a number".to_string()),
@@ -363,6 +396,7 @@ impl Config {
             tls12: env.get("TLS12_ENABLED", "false", parse::boolean)?,
             pqc,
             policy_info_logging: env.get("AUTHZ_POLICY_INFO_LOGGING", "false", parse::boolean)?,
+            mode,
             arguments,
         })
     }
@@ -378,179 +412,6 @@ fn dns_address(text: &str) -> Result<ListenAddress, ConfigError> {
             "failed to parse DNS_PROXY_ADDR: expected localhost:PORT or IP:PORT, got {text:?}"
         ))
     })
-}
-
-/// A snapshot of the environment; an empty value counts as unset, but for the addresses that it switches off.
-struct Variables(BTreeMap<String, String>);
-
-impl Variables {
-    fn text(&self, name: &str) -> Option<&str> {
-        self.0
-            .get(name)
-            .map(String::as_str)
-            .filter(|v| !v.is_empty())
-    }
-
-    fn owned(&self, name: &str, default: &str) -> String {
-        self.text(name).unwrap_or(default).to_string()
-    }
-
-    fn wrong(&self, name: &str, value: &str, reason: &str) -> ConfigError {
-        ConfigError::Variable {
-            name: name.to_string(),
-            value: value.to_string(),
-            reason: reason.to_string(),
-        }
-    }
-
-    fn get<T>(
-        &self,
-        name: &str,
-        default: &str,
-        parse: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<T, ConfigError> {
-        let value = self.text(name).unwrap_or(default);
-        parse(value).map_err(|reason| self.wrong(name, value, &reason))
-    }
-
-    fn window(&self, name: &str, default: u32) -> Result<u32, ConfigError> {
-        self.get(name, &default.to_string(), |v| match v.parse() {
-            Ok(size @ 65_535..=0x7fff_ffff) => Ok(size),
-            _ => Err("expected 65535 to 2147483647 bytes".to_string()),
-        })
-    }
-
-    fn peer(&self, kind: &str, default: &str) -> Result<ControlPeer, ConfigError> {
-        let name = format!("{kind}_ADDRESS");
-        let address = match self.0.get(&name).map(String::as_str) {
-            Some("") => None,
-            Some(value) => Some(value),
-            None => Some(default),
-        };
-        let address = address
-            .map(|text| {
-                let full = if text.contains("://") {
-                    text.to_string()
-                } else {
-                    format!("https://{text}")
-                };
-                match full.parse::<http::Uri>() {
-                    Ok(uri) if uri.scheme_str() == Some("https") && uri.host().is_some() => {
-                        Ok(full)
-                    }
-                    Ok(_) => Err(ConfigError::Uri(format!(
-                        "{name}={text}: expected https://HOST:PORT"
-                    ))),
-                    Err(e) => Err(ConfigError::Uri(format!("{name}={text}: {e}"))),
-                }
-            })
-            .transpose()?;
-        let name = format!("{kind}_ROOT_CA");
-        let root = match self.text(&name) {
-            None => RootSource::File(DEFAULT_ROOT.into()),
-            Some("SYSTEM") => RootSource::System,
-            Some(value) if value.contains("-----BEGIN") => RootSource::Inline(value.to_string()),
-            Some(value) => RootSource::File(value.into()),
-        };
-        let prefix = format!("{kind}_HEADER_");
-        let mut headers = Vec::new();
-        for (key, value) in &self.0 {
-            if let Some(header) = key.strip_prefix(&prefix) {
-                let header = header.to_ascii_lowercase();
-                if http::HeaderName::try_from(&header).is_err() {
-                    return Err(ConfigError::Header(format!("key: {key}")));
-                }
-                if http::HeaderValue::try_from(value).is_err() {
-                    return Err(ConfigError::Header(format!("value of {key}")));
-                }
-                headers.push((header, value.clone()));
-            }
-        }
-        Ok(ControlPeer {
-            address,
-            root,
-            alt_hostname: self
-                .text(&format!("ALT_{kind}_HOSTNAME"))
-                .map(str::to_string),
-            headers,
-        })
-    }
-
-    fn metadata(&self, proxy_config: &ProxyConfig) -> BTreeMap<String, String> {
-        let bare = |key: &str| key.trim_start_matches("ISTIO_META_").to_string();
-        let mut metadata: BTreeMap<String, String> = proxy_config
-            .proxy_metadata
-            .iter()
-            .map(|(k, v)| (bare(k), v.clone()))
-            .collect();
-        for (key, value) in &self.0 {
-            if key.starts_with("ISTIO_META_") {
-                metadata.insert(bare(key), value.clone());
-            }
-        }
-        metadata
-    }
-
-    fn metadata_json(&self) -> BTreeMap<String, serde_json::Value> {
-        let mut metadata = BTreeMap::new();
-        for (key, value) in &self.0 {
-            if let Some(name) = key.strip_prefix("ISTIO_METAJSON_") {
-                match serde_json::from_str(value) {
-                    Ok(json) => {
-                        metadata.insert(name.to_string(), json);
-                    }
-                    Err(e) => tracing::error!("skipping {key}, which is not JSON: {e}"),
-                }
-            }
-        }
-        metadata
-    }
-
-    fn workers(&self, proxy_config: &ProxyConfig, detected: usize) -> Result<usize, ConfigError> {
-        let optional = |name: &str| {
-            self.text(name)
-                .map(|v| parse::cpu_quantity(v).map_err(|reason| self.wrong(name, v, &reason)))
-                .transpose()
-        };
-        let limit = optional("ZTUNNEL_RESOURCE_CPU_LIMIT")?;
-        let request = optional("ZTUNNEL_RESOURCE_CPU_REQUEST")?.unwrap_or(0);
-        let cores = limit
-            .or(optional("ZTUNNEL_CPU_LIMIT")?)
-            .unwrap_or(detected)
-            .max(1);
-        let default = match (limit, proxy_config.concurrency) {
-            (_, Some(0)) => cores,
-            (_, Some(count)) => count,
-            (Some(limit), None) => limit.max(request),
-            (None, None) => cores.div_ceil(4).max(request).max(2),
-        };
-        let workers = match self.text("ZTUNNEL_WORKER_THREADS") {
-            Some(value) => parse::worker_threads(value, cores)
-                .map_err(|reason| self.wrong("ZTUNNEL_WORKER_THREADS", value, &reason))?,
-            None => default,
-        };
-        Ok(workers.clamp(1, 256))
-    }
-
-    fn termination_deadline(&self) -> Result<Duration, ConfigError> {
-        if self.text("CONNECTION_TERMINATION_DEADLINE").is_some() {
-            return self.get("CONNECTION_TERMINATION_DEADLINE", "5s", parse::duration);
-        }
-        match self.text("TERMINATION_GRACE_PERIOD_SECONDS") {
-            None => Ok(Duration::from_secs(5)),
-            Some(value) => {
-                let seconds: u64 = value.parse().map_err(|_| {
-                    self.wrong(
-                        "TERMINATION_GRACE_PERIOD_SECONDS",
-                        value,
-                        "expected whole seconds",
-                    )
-                })?;
-                let margin = if seconds > 10 { 5 } else { 1 };
-                Ok(Duration::from_secs(seconds.saturating_sub(margin).max(1)))
-            }
-        }
-    }
 }
 
 #[cfg(test)]

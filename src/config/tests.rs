@@ -42,11 +42,11 @@ fn a_malformed_value_is_refused_by_name() {
 }
 
 #[test]
-fn what_is_not_built_refuses_to_start() {
+fn what_cannot_work_refuses_to_start() {
     for variable in [
-        ("FAKE_CA", "true"),
         ("PROXY_MODE", "dedicated"),
         ("CA_ADDRESS", ""),
+        ("XDS_ADDRESS", ""),
     ] {
         assert!(
             matches!(load(&[variable]), Err(ConfigError::Invalid(_))),
@@ -77,4 +77,44 @@ fn metadata_and_headers_come_from_prefixed_variables() {
     assert_eq!(config.cluster_id, "east");
     assert_eq!(config.xds.headers, [("x_a".to_string(), "1".to_string())]);
     assert_eq!(config.termination_deadline, Duration::from_secs(1));
+}
+
+#[test]
+fn a_dedicated_proxy_knows_its_workload_and_marks_nothing() {
+    let config = load(&[
+        ("PROXY_MODE", "dedicated"),
+        ("PROXY_WORKLOAD_INFO", "default/local/acc"),
+    ])
+    .unwrap();
+    let name = WorkloadName {
+        namespace: "default".into(),
+        name: "local".into(),
+        service_account: "acc".into(),
+    };
+    assert_eq!(config.mode, Mode::Dedicated(name));
+    assert_eq!(config.packet_mark, None);
+    let wrong = load(&[
+        ("PROXY_MODE", "dedicated"),
+        ("PROXY_WORKLOAD_INFO", "default/local"),
+    ]);
+    assert_eq!(
+        wrong.unwrap_err().to_string(),
+        "invalid env var PROXY_WORKLOAD_INFO=default/local (expected namespace/name/service-account)"
+    );
+}
+
+#[test]
+fn what_stands_in_for_a_control_plane_lets_it_be_switched_off() {
+    let config = load(&[
+        ("XDS_ADDRESS", ""),
+        ("CA_ADDRESS", ""),
+        ("LOCAL_XDS", "{}"),
+        ("FAKE_CA", "true"),
+    ])
+    .unwrap();
+    assert!(config.fake_ca && config.xds.address.is_none());
+    let both = load(&[("LOCAL_XDS", "{}"), ("LOCAL_XDS_PATH", "/x")]);
+    assert!(matches!(both, Err(ConfigError::Invalid(_))));
+    let nothing = load(&[("ENABLE_PROXY", "false"), ("ISTIO_META_DNS_CAPTURE", "no")]);
+    assert!(matches!(nothing, Err(ConfigError::Invalid(_))));
 }

@@ -1,7 +1,7 @@
 //! The embedded control plane: a folder of Kubernetes manifests, served to proxies as workloads, services, policies
 //! and certificates.
 
-mod ca;
+pub mod ca;
 mod kubernetes;
 mod listen;
 mod manifests;

@@ -7,7 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use hickory_proto::op::ResponseCode;
+use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::{Name, Record, RecordType};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UdpSocket};
@@ -65,6 +66,38 @@ pub fn servers(resolv_conf: &str) -> Vec<SocketAddr> {
 pub fn random_id() -> u16 {
     // Every hasher is keyed anew from the process's secret.
     RandomState::new().build_hasher().finish() as u16
+}
+
+/// A query of our own, which wants the servers to look further by themselves.
+///
+/// # Errors
+/// When the name cannot be asked for.
+pub fn query(name: &str, kind: RecordType) -> io::Result<Vec<u8>> {
+    let wrong = |error: &dyn std::fmt::Display| {
+        io::Error::new(io::ErrorKind::InvalidInput, format!("{name}: {error}"))
+    };
+    let name = Name::from_ascii(format!("{name}.")).map_err(|error| wrong(&error))?;
+    let mut message = Message::new(0, MessageType::Query, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(name.clone(), kind));
+    message
+        .to_vec()
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))
+}
+
+/// The addresses in an answer.
+///
+/// # Errors
+/// When it is no answer, or one that says why there is none.
+pub fn addresses(answer: &[u8]) -> io::Result<Vec<IpAddr>> {
+    let message = Message::from_vec(answer)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    let code = message.metadata.response_code;
+    if !matches!(code, ResponseCode::NoError) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, code.to_string()));
+    }
+    let address = |record: &Record| record.data.ip_addr();
+    Ok(message.answers.iter().filter_map(address).collect())
 }
 
 /// Asks the servers in turn until one can answer; `id` is a random number for the question on its way up.

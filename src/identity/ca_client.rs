@@ -32,10 +32,13 @@ pub struct CaClient {
     credentials: Credentials,
     validity: Duration,
     tls: TlsOptions,
+    /// Whether certificates are asked for others than whom the token names.
+    impersonates: bool,
 }
 
 impl CaClient {
-    /// `validity` is what is asked for; the CA may grant less. Needs a tokio runtime.
+    /// `validity` is what is asked for; the CA may grant less. One that does not impersonate takes the identity that
+    /// the CA gives it. Needs a tokio runtime.
     ///
     /// # Errors
     /// An address that is no URI.
@@ -43,11 +46,13 @@ impl CaClient {
         peer: &Peer,
         credentials: Credentials,
         validity: Duration,
+        impersonates: bool,
     ) -> Result<Self, ConnectError> {
         Ok(Self {
             channel: peer.connect_lazily()?,
             credentials,
             validity,
+            impersonates,
             tls: TlsOptions {
                 tls12: peer.tls12,
                 pqc: peer.pqc,
@@ -65,7 +70,7 @@ impl CaClient {
         let message = IstioCertificateRequest {
             csr: request.pem.clone(),
             validity_duration: i64::try_from(self.validity.as_secs()).unwrap_or(i64::MAX),
-            metadata: Some(impersonation(identity)),
+            metadata: self.impersonates.then(|| impersonation(identity)),
         };
         let mut client = IstioCertificateServiceClient::new(self.channel.clone());
         let call = client.create_certificate(Request::from_parts(
@@ -85,6 +90,7 @@ impl CaClient {
             .into_inner();
         let issued = check(
             identity,
+            self.impersonates,
             &request.public_key_info(),
             &response.cert_chain,
             SystemTime::now(),
@@ -143,9 +149,10 @@ struct Issued {
     roots: Vec<CertificateDer<'static>>,
 }
 
-/// Checks the CA's answer: `[leaf, intermediates…, roots]` in PEM, for this identity and this key.
+/// Checks the CA's answer: `[leaf, intermediates…, roots]` in PEM, for this key and, if `exactly` so, this identity.
 fn check(
     identity: &Identity,
+    exactly: bool,
     public_key_info: &[u8],
     answer: &[String],
     now: SystemTime,
@@ -158,7 +165,7 @@ fn check(
         return Err(no_root());
     };
     let mut chain = vec![one_certificate(leaf)?];
-    check_leaf(identity, public_key_info, &chain[0], now)?;
+    check_leaf(identity, exactly, public_key_info, &chain[0], now)?;
     for pem in intermediates {
         chain.push(one_certificate(pem)?);
     }
@@ -188,6 +195,7 @@ fn one_certificate(pem: &str) -> Result<CertificateDer<'static>, IdentityError> 
 
 fn check_leaf(
     identity: &Identity,
+    exactly: bool,
     public_key_info: &[u8],
     leaf: &CertificateDer<'_>,
     now: SystemTime,
@@ -207,7 +215,7 @@ fn check_leaf(
                 _ => None,
             })
     });
-    if uri != Some(identity.to_string().as_str()) {
+    if exactly && uri != Some(identity.as_str()) {
         return Err(IdentityError::UnexpectedSan(identity.clone()));
     }
     if leaf.public_key().raw != public_key_info {
@@ -259,6 +267,7 @@ mod tests {
     ) -> Result<Issued, IdentityError> {
         check(
             identity,
+            true,
             &request.public_key_info(),
             answer,
             SystemTime::now(),
@@ -310,6 +319,16 @@ mod tests {
     }
 
     #[test]
+    fn a_token_of_its_own_decides_whom_the_certificate_names() {
+        let ca = Ca::new();
+        let request = SigningRequest::new(&identity()).unwrap();
+        let answer = [ca.sign(&request.pem), ca.0.pem()];
+        let other = Identity::new("td", "ns", "other");
+        let key = request.public_key_info();
+        assert!(check(&other, false, &key, &answer, SystemTime::now()).is_ok());
+    }
+
+    #[test]
     fn a_certificate_for_another_key_or_of_the_past_is_refused() {
         let ca = Ca::new();
         let request = SigningRequest::new(&identity()).unwrap();
@@ -319,7 +338,7 @@ mod tests {
         let key = other.public_key_info();
         let far = SystemTime::now() + Duration::from_secs(86_400 * 365 * 5000);
         assert_eq!(
-            check(&identity(), &key, &answer, far).unwrap_err(),
+            check(&identity(), true, &key, &answer, far).unwrap_err(),
             IdentityError::Expired(identity())
         );
     }

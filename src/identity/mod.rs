@@ -6,6 +6,7 @@ pub mod channel;
 pub mod crl;
 pub mod csr;
 mod dump;
+pub mod fake_ca;
 mod queue;
 mod retry;
 pub mod token;

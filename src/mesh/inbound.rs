@@ -11,7 +11,6 @@ use super::workload::{
     GatewayAddress, GatewayDestination, NamespacedHostname, NetworkAddress, Ports, TunnelProtocol,
     Workload,
 };
-use crate::config::ILLEGAL_PORTS;
 
 /// Where an accepted CONNECT goes; the address is always the workload's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +44,7 @@ impl Mesh {
         authority: &Authority,
         local_ip: IpAddr,
         forwarded_host: Option<&str>,
+        illegal_ports: &[u16],
     ) -> Result<InboundTarget, InboundRefusal> {
         let local_ip = local_ip.to_canonical();
         let announces = local
@@ -70,7 +70,7 @@ impl Mesh {
             .application_tunnel
             .and_then(|tunnel| tunnel.port)
             .unwrap_or(port);
-        if ILLEGAL_PORTS.contains(&port) || ILLEGAL_PORTS.contains(&connect_port) {
+        if illegal_ports.contains(&port) || illegal_ports.contains(&connect_port) {
             return refuse(503, "attempted recursive call to ourselves".to_string());
         }
         let announced = match (authority, named) {

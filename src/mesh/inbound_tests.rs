@@ -1,4 +1,6 @@
 use super::*;
+
+const ILLEGAL: [u16; 3] = [15001, 15006, 15008];
 use crate::mesh::service::WeightedWaypoint;
 use crate::mesh::store::AddressResource as Resource;
 use crate::mesh::testing::{mesh, pod, service, serving};
@@ -6,7 +8,7 @@ use crate::mesh::workload::{ApplicationTunnel, Protocol};
 
 fn told(mesh: &Mesh, local: &Workload, authority: &str, host: Option<&str>) -> String {
     let ip = local.addresses[0];
-    match mesh.inbound_target(local, &authority.parse().unwrap(), ip, host) {
+    match mesh.inbound_target(local, &authority.parse().unwrap(), ip, host, &ILLEGAL) {
         Ok(target) => {
             let service = target
                 .service
@@ -311,6 +313,6 @@ fn the_local_address_may_come_mapped_into_ipv6() {
     let mesh = mesh(vec![Resource::Workload(local.clone())]);
     let authority = "10.0.0.9:80".parse().unwrap();
     let arrived = "::ffff:10.0.0.9".parse().unwrap();
-    let target = mesh.inbound_target(&local, &authority, arrived, None);
+    let target = mesh.inbound_target(&local, &authority, arrived, None, &ILLEGAL);
     assert_eq!(target.map(|target| target.connect_port), Ok(80));
 }

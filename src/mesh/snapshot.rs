@@ -176,6 +176,19 @@ impl Mesh {
         self.removed_policies.contains(key)
     }
 
+    /// Whether there is a workload or a service of that resource name.
+    pub fn has(&self, name: &str) -> bool {
+        let service = || {
+            let (namespace, hostname) = name.split_once('/')?;
+            let (namespace, hostname) = (namespace.into(), hostname.into());
+            self.services.get(&NamespacedHostname {
+                namespace,
+                hostname,
+            })
+        };
+        self.workloads.contains_key(name) || service().is_some()
+    }
+
     /// A policy by its resource name.
     pub fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
         self.policies.get(key)

@@ -23,6 +23,16 @@ pub enum AddressResource {
     Service(Service),
 }
 
+impl AddressResource {
+    /// Its resource name: a workload's uid, a service's `namespace/hostname`.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Workload(workload) => workload.uid.to_string(),
+            Self::Service(service) => service.key().to_string(),
+        }
+    }
+}
+
 /// What an update means to those who keep certificates.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {

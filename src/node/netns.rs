@@ -43,6 +43,14 @@ impl PodNetns {
         self.id
     }
 
+    /// Enters the namespace that the thread is in, which only shows that it may.
+    ///
+    /// # Errors
+    /// When it may not.
+    pub fn probe(&self) -> io::Result<()> {
+        enter(self.file.as_fd())
+    }
+
     /// Runs something in the namespace, on this thread, and returns to where the thread was.
     ///
     /// `work` must not wait for anything but the kernel. If the thread cannot return, the process ends: a thread in a
@@ -53,6 +61,9 @@ impl PodNetns {
     /// Those of `work`, or when the namespace cannot be entered.
     pub fn run<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let stay = Stay::begin()?;
+        if stay.0.id == self.id {
+            return work();
+        }
         enter(self.file.as_fd()).map_err(|error| {
             io::Error::new(
                 error.kind(),
@@ -67,12 +78,12 @@ impl PodNetns {
 
 thread_local! {
     /// The namespace that the thread belongs to, opened when it first leaves it.
-    static HOME: OnceCell<Rc<File>> = const { OnceCell::new() };
+    static HOME: OnceCell<Rc<PodNetns>> = const { OnceCell::new() };
     static AWAY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A thread's stay in a pod; one at a time.
-struct Stay(Rc<File>);
+struct Stay(Rc<PodNetns>);
 
 impl Stay {
     fn begin() -> io::Result<Self> {
@@ -84,7 +95,7 @@ impl Stay {
         let home = HOME.with(|home| match home.get() {
             Some(home) => Ok::<_, io::Error>(home.clone()),
             None => {
-                let opened = File::open("/proc/thread-self/ns/net")?;
+                let opened = PodNetns::current()?;
                 Ok(home.get_or_init(|| Rc::new(opened)).clone())
             }
         })?;

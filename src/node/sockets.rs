@@ -8,17 +8,20 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 use super::netns::PodNetns;
-use crate::config::{Config, HBONE_PORT, ListenAddress, OUTBOUND_PORT, PLAINTEXT_PORT};
+use crate::config::{
+    Config, HBONE_PORT, ListenAddress, Mode, OUTBOUND_PORT, PLAINTEXT_PORT, SOCKS5_PORT,
+};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// The listeners of one pod for one worker.
-#[derive(Debug)]
+/// The listeners of one pod for one worker; those that the configuration does not ask for are not there.
+#[derive(Debug, Default)]
 pub struct Listeners {
-    pub outbound: StdListener,
-    pub plaintext: StdListener,
-    pub hbone: StdListener,
+    pub outbound: Option<StdListener>,
+    pub plaintext: Option<StdListener>,
+    pub hbone: Option<StdListener>,
+    pub socks5: Option<StdListener>,
     pub dns_udp: Vec<UdpSocket>,
     pub dns_tcp: Vec<StdListener>,
     /// Whether connections made for arrivals may carry the client's address.
@@ -47,6 +50,21 @@ pub fn listen(netns: &PodNetns, config: &Config) -> io::Result<Vec<Listeners>> {
     })
 }
 
+/// Opens the listeners of the proxy's own workload, for every worker: it only takes HBONE.
+///
+/// # Errors
+/// Which address could not be bound, and why.
+pub fn listen_for_own(config: &Config) -> io::Result<Vec<Listeners>> {
+    let address = SocketAddr::new(config.wildcard(), HBONE_PORT);
+    let one = |_| {
+        Ok(Listeners {
+            hbone: Some(listener(address, config)?.into()),
+            ..Listeners::default()
+        })
+    };
+    (0..config.workers).map(one).collect()
+}
+
 /// What can be listened to in a pod.
 #[derive(Clone, Copy)]
 struct Families {
@@ -68,23 +86,25 @@ fn listen_here(config: &Config, families: Families) -> io::Result<Listeners> {
         }
         Ok::<_, io::Error>(StdListener::from(socket))
     };
-    let (outbound, plaintext, hbone) =
-        (tcp(OUTBOUND_PORT)?, tcp(PLAINTEXT_PORT)?, tcp(HBONE_PORT)?);
-    let (mut dns_udp, mut dns_tcp) = (Vec::new(), Vec::new());
+    let mut listeners = Listeners::default();
+    if config.proxy {
+        listeners.outbound = Some(tcp(OUTBOUND_PORT)?);
+        listeners.plaintext = Some(tcp(PLAINTEXT_PORT)?);
+        listeners.hbone = Some(tcp(HBONE_PORT)?);
+    }
+    listeners.transparent = transparent;
+    if config.socks5 {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, SOCKS5_PORT));
+        listeners.socks5 = Some(listener(address, config)?.into());
+    }
     if config.dns {
         for address in addresses(config.dns_address, families.loopback_v6) {
-            dns_udp.push(bind(address, Type::DGRAM, Protocol::UDP, config)?.into());
-            dns_tcp.push(listener(address, config)?.into());
+            let udp = bind(address, Type::DGRAM, Protocol::UDP, config)?;
+            listeners.dns_udp.push(udp.into());
+            listeners.dns_tcp.push(listener(address, config)?.into());
         }
     }
-    Ok(Listeners {
-        outbound,
-        plaintext,
-        hbone,
-        dns_udp,
-        dns_tcp,
-        transparent,
-    })
+    Ok(listeners)
 }
 
 /// The addresses that an address setting stands for.
@@ -243,13 +263,14 @@ pub fn original_destination(socket: &TcpStream, client: SocketAddr) -> io::Resul
 /// # Errors
 /// What is missing.
 pub fn check_privileges(config: &Config) -> io::Result<()> {
-    let home = PodNetns::current()?;
-    home.run(|| Ok(())).map_err(|error| {
-        io::Error::new(
-            error.kind(),
-            format!("failed to set netns: {error}; grant CAP_SYS_ADMIN"),
-        )
-    })?;
+    if config.mode == Mode::Shared {
+        PodNetns::current()?.probe().map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("failed to set netns: {error}; grant CAP_SYS_ADMIN"),
+            )
+        })?;
+    }
     let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
     mark(&socket, config)
 }

@@ -49,7 +49,7 @@ fn every_worker_listens_to_both_families_in_the_pod() {
         let outbound = clients(&format!("{family}:15001"));
         let counts: Vec<_> = listeners
             .iter()
-            .map(|one| accepted(&one.outbound))
+            .map(|one| accepted(one.outbound.as_ref().unwrap()))
             .collect();
         assert_eq!(counts.iter().sum::<usize>(), outbound.len());
         assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
@@ -57,10 +57,12 @@ fn every_worker_listens_to_both_families_in_the_pod() {
             let connected = clients(&format!("{family}:{port}"));
             let arrived: usize = listeners
                 .iter()
-                .flat_map(|one| match of {
-                    0 => vec![&one.plaintext],
-                    1 => vec![&one.hbone],
-                    _ => one.dns_tcp.iter().collect(),
+                .flat_map(|one| -> Vec<_> {
+                    match of {
+                        0 => one.plaintext.iter().collect(),
+                        1 => one.hbone.iter().collect(),
+                        _ => one.dns_tcp.iter().collect(),
+                    }
                 })
                 .map(accepted)
                 .sum();
@@ -83,13 +85,29 @@ fn a_pod_without_ipv6_on_its_loopback_has_no_ipv6_dns() {
     set(&pod, "ipv6/conf/lo/disable_ipv6", "1");
     let listeners = listen(&pod, &config()).unwrap();
     assert_eq!(listeners[0].dns_udp.len(), 1);
-    assert!(listeners[0].outbound.local_addr().unwrap().is_ipv6());
+    assert!(
+        listeners[0]
+            .outbound
+            .as_ref()
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .is_ipv6()
+    );
     let mut v4 = config();
     v4.ipv6 = false;
     v4.dns = false;
     let other = namespace().unwrap();
     let listeners = listen(&other, &v4).unwrap();
-    assert!(listeners[0].outbound.local_addr().unwrap().is_ipv4());
+    assert!(
+        listeners[0]
+            .outbound
+            .as_ref()
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .is_ipv4()
+    );
     assert!(listeners[0].dns_udp.is_empty() && listeners[0].dns_tcp.is_empty());
 }
 
@@ -137,7 +155,7 @@ async fn a_captured_connection_keeps_where_it_was_going() {
     let mut one = config();
     one.workers = 1;
     let listeners = listen(&pod, &one).unwrap().remove(0);
-    let outbound = TcpListener::from_std(listeners.outbound).unwrap();
+    let outbound = TcpListener::from_std(listeners.outbound.unwrap()).unwrap();
     for wanted in ["10.99.0.1:80", "[fd99::1]:443"] {
         let client = pod.run(|| StdStream::connect(wanted)).unwrap();
         let (accepted, from) = outbound.accept().await.unwrap();
@@ -163,9 +181,9 @@ fn accepted_connections_inherit_the_options_of_their_listener() {
     one.keepalive.user_timeout = true;
     let listeners = listen(&pod, &one).unwrap().remove(0);
     for (port, listener, kept_alive) in [
-        (15001, &listeners.outbound, true),
-        (15006, &listeners.plaintext, true),
-        (15008, &listeners.hbone, false),
+        (15001, listeners.outbound.as_ref().unwrap(), true),
+        (15006, listeners.plaintext.as_ref().unwrap(), true),
+        (15008, listeners.hbone.as_ref().unwrap(), false),
     ] {
         for family in ["127.0.0.1", "[::1]"] {
             let client = pod.run(|| StdStream::connect(format!("{family}:{port}")));

@@ -94,8 +94,7 @@ pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Rc<Peer>, incoming: Incomin
     let opened = Box::pin(open(&pod, &peer, incoming, &mut flow)).await;
     let (stream, application, registration) = match opened {
         Ok(opened) => opened,
-        Err(Refusal::Early(error)) => return flow.early_deny(&error),
-        Err(Refusal::Failed(error)) => return flow.finish(Err(error)),
+        Err(refusal) => return flow.refuse(refusal),
     };
     drop(peer);
     let result = tokio::select! {
@@ -138,6 +137,7 @@ async fn open(
         &authority,
         peer.local.ip(),
         forwarded_host.as_deref(),
+        pod.shared.config.illegal_ports(),
     ) {
         Ok(target) => target,
         Err(refusal) => return Err(early(incoming, refusal.status, refusal.text)),
@@ -191,8 +191,12 @@ async fn open(
     let header = target.announced.map(|destination| {
         proxy_protocol::header(peer.client, destination, peer.identity.as_ref())
     });
+    let over_loopback = header.is_some() && pod.shared.config.localhost_app_tunnel;
     let connected = async {
-        let mut application = pod.connect_application(dst, peer.client.ip()).await?;
+        let mut application = match over_loopback {
+            true => pod.connect_loopback(dst).await?,
+            false => pod.connect_application(dst, peer.client.ip()).await?,
+        };
         if let Some(header) = header {
             application.write_all(&header).await?;
         }

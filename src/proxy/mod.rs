@@ -11,6 +11,7 @@ mod pod_dns;
 pub mod pods;
 mod proxy_protocol;
 mod relay;
+mod socks5;
 pub mod worker;
 
 /// A connection that a listener took.
@@ -26,6 +27,16 @@ enum Refusal {
     /// Before enough was known of it to count it as opened.
     Early(String),
     Failed(crate::telemetry::FlowError),
+}
+
+impl crate::telemetry::Flow {
+    /// Logs why the flow came to nothing.
+    fn refuse(self, refusal: Refusal) {
+        match refusal {
+            Refusal::Early(error) => self.early_deny(&error),
+            Refusal::Failed(error) => self.finish(Err(error)),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@ use super::connections::{Admission, Asked, Registration};
 use super::pod::Pod;
 use super::relay::relay;
 use super::{Accepted, Refusal};
-use crate::config::ILLEGAL_PORTS;
 use crate::mesh::route::{self, Route, RouteKind};
 use crate::mesh::{Service, Workload};
 use crate::node::sockets;
@@ -35,16 +34,16 @@ pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
     let mut flow = Flow::new(Direction::Outbound, client, target, telemetry);
     // What is only needed until the flow is open lies in a box that is gone by then.
     let opened = Box::pin(open(&pod, client, target, &mut flow)).await;
-    let result = match opened {
-        Ok((Far::Tunnel(stream), _registration)) => carry(stream, socket, &flow).await,
-        Ok((Far::Socket(far), _registration)) => {
-            let counters = flow.counters();
-            copied(relay(socket, far, &counters.sent, &counters.received).await)
-        }
-        Err(Refusal::Early(error)) => return flow.early_deny(&error),
-        Err(Refusal::Failed(error)) => Err(error),
-    };
-    flow.finish(result);
+    match opened {
+        Ok(opened) => opened.carry(socket, flow).await,
+        Err(refusal) => flow.refuse(refusal),
+    }
+}
+
+/// An opened flow's way on.
+pub struct Opened {
+    far: Far,
+    _registration: Registration,
 }
 
 /// What a flow goes on through.
@@ -53,14 +52,31 @@ enum Far {
     Socket(TcpStream),
 }
 
+impl Opened {
+    /// Carries the flow to its end.
+    pub async fn carry(self, socket: TcpStream, flow: Flow) {
+        let result = match self.far {
+            Far::Tunnel(stream) => carry(stream, socket, &flow).await,
+            Far::Socket(far) => {
+                let counters = flow.counters();
+                copied(relay(socket, far, &counters.sent, &counters.received).await)
+            }
+        };
+        flow.finish(result);
+    }
+}
+
 /// Finds where the flow goes and connects there.
-async fn open(
+///
+/// # Errors
+/// Why it goes nowhere, for the log.
+pub async fn open(
     pod: &Pod,
     client: SocketAddr,
     target: SocketAddr,
     flow: &mut Flow,
-) -> Result<(Far, Registration), Refusal> {
-    if target.ip().is_loopback() && ILLEGAL_PORTS.contains(&target.port()) {
+) -> Result<Opened, Refusal> {
+    if target.ip().is_loopback() && pod.shared.config.illegal_ports().contains(&target.port()) {
         let error = "attempted recursive call to ourselves";
         return Err(Refusal::Early(error.to_string()));
     }
@@ -140,7 +156,7 @@ async fn attempt(
     client: SocketAddr,
     target: SocketAddr,
     flow: &mut Flow,
-) -> Result<(Far, Registration), (FlowError, bool)> {
+) -> Result<Opened, (FlowError, bool)> {
     let registration = pod.outbound.register(Admission {
         src: client,
         dst: route.connect,
@@ -159,7 +175,10 @@ async fn attempt(
         flow.service(service.clone());
     }
     let far = connect(pod, source, route, client, flow).await?;
-    Ok((far, registration))
+    Ok(Opened {
+        far,
+        _registration: registration,
+    })
 }
 
 /// Connects along the route; the error tells whether another endpoint may be tried.

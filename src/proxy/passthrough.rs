@@ -11,7 +11,6 @@ use super::outbound::copied;
 use super::pod::Pod;
 use super::relay::relay;
 use super::{Accepted, Refusal};
-use crate::config::ILLEGAL_PORTS;
 use crate::mesh::Workload;
 use crate::node::sockets;
 use crate::policy::Context;
@@ -37,8 +36,7 @@ pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
     let opened = Box::pin(open(&pod, client, target, &mut flow)).await;
     let (far, registration) = match opened {
         Ok(opened) => opened,
-        Err(Refusal::Early(error)) => return flow.early_deny(&error),
-        Err(Refusal::Failed(error)) => return flow.finish(Err(error)),
+        Err(refusal) => return flow.refuse(refusal),
     };
     let counters = flow.counters();
     // The near side is the client: what it sends is what the workload receives.
@@ -56,7 +54,7 @@ async fn open(
     target: SocketAddr,
     flow: &mut Flow,
 ) -> Result<(TcpStream, Registration), Refusal> {
-    if ILLEGAL_PORTS.contains(&target.port()) {
+    if pod.shared.config.illegal_ports().contains(&target.port()) {
         let error = "attempted recursive call to ourselves";
         return Err(Refusal::Early(error.to_string()));
     }

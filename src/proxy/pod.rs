@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,6 +49,8 @@ pub struct PodSpec {
     pub namespace: String,
     pub service_account: String,
     pub netns: Arc<PodNetns>,
+    /// The process's, but for the proxy's own workload.
+    pub config: Arc<Config>,
     /// Whether the listeners may take foreign source addresses.
     pub transparent: bool,
 }
@@ -134,6 +136,20 @@ impl Pod {
         let client = self.spec.transparent.then_some(client);
         let toward = Toward::Application(client);
         self.connector.connect(application, toward).await
+    }
+
+    /// Connects to the port of an application of the pod over loopback.
+    ///
+    /// # Errors
+    /// The kernel's error, or that nobody answered in time.
+    pub async fn connect_loopback(&self, application: SocketAddr) -> io::Result<TcpStream> {
+        let loopback = match application {
+            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        let target = SocketAddr::new(loopback, application.port());
+        let toward = Toward::Application(None);
+        self.connector.connect(target, toward).await
     }
 
     /// Connects to something elsewhere from inside the pod.

@@ -1,7 +1,7 @@
 //! DNS for one pod: the mesh's answers for its namespace, and the node's upstream servers.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -24,31 +24,52 @@ struct PodResolver {
 
 /// Answers the pod's captured DNS queries until dropped.
 pub async fn serve(pod: Rc<Pod>, udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) {
-    let upstream = match std::fs::read_to_string(RESOLV_CONF) {
-        Ok(text) => forward::servers(&text),
-        Err(error) => {
-            tracing::warn!(
-                "{RESOLV_CONF} cannot be read, names outside the mesh will not resolve: {error}"
-            );
-            Vec::new()
-        }
+    server::serve(Rc::new(PodResolver::new(pod)), udp, tcp).await;
+}
+
+/// The addresses of a name as the pod's DNS gives them.
+///
+/// # Errors
+/// When nobody could be asked.
+pub async fn lookup(pod: &Rc<Pod>, name: &str, v6: bool) -> io::Result<Vec<IpAddr>> {
+    let resolver = PodResolver::new(pod.clone());
+    let question = Question {
+        name: name.to_ascii_lowercase().trim_end_matches('.').to_string(),
+        kind: if v6 { RecordType::AAAA } else { RecordType::A },
+        transport: Transport::Udp,
     };
-    let config = &pod.shared.config;
-    let settings = Settings {
-        domain: config.cluster_domain.clone(),
-        preferred_namespace: config.preferred_service_namespace.clone(),
-        ipv6: config.ipv6,
-    };
-    server::serve(
-        Rc::new(PodResolver {
+    match resolver.resolve(&question).await {
+        Ok(Resolution::Known { addresses, .. }) => return Ok(addresses),
+        Ok(Resolution::Forward) => {}
+        Err(error) => return Err(io::Error::other(error)),
+    }
+    let query = forward::query(&question.name, question.kind)?;
+    forward::addresses(&resolver.forward(&query, &question).await?)
+}
+
+impl PodResolver {
+    fn new(pod: Rc<Pod>) -> Self {
+        let upstream = match std::fs::read_to_string(RESOLV_CONF) {
+            Ok(text) => forward::servers(&text),
+            Err(error) => {
+                tracing::warn!(
+                    "{RESOLV_CONF} cannot be read, names outside the mesh will not resolve: {error}"
+                );
+                Vec::new()
+            }
+        };
+        let config = &pod.shared.config;
+        let settings = Settings {
+            domain: config.cluster_domain.clone(),
+            preferred_namespace: config.preferred_service_namespace.clone(),
+            ipv6: config.ipv6,
+        };
+        Self {
             pod,
             settings,
             upstream,
-        }),
-        udp,
-        tcp,
-    )
-    .await;
+        }
+    }
 }
 
 impl Resolver for PodResolver {

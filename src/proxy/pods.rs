@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::pod::{PodSpec, Shared};
 use super::worker::Worker;
 use crate::admin::ready::{Ready, Task};
+use crate::config::{Config, WorkloadName};
 use crate::node::zds::PodHandler;
 use crate::node::{PodNetns, sockets};
 use crate::telemetry::Telemetry;
@@ -105,6 +106,58 @@ impl Pods {
             .set("workload_manager_active_proxy_count", help, active);
     }
 
+    /// Serves one workload in the process's own network namespace, for as long as the process runs.
+    ///
+    /// # Errors
+    /// Why its listeners cannot be opened.
+    pub async fn serve_here(&self, name: &WorkloadName) -> Result<(), String> {
+        let listen = |netns: &PodNetns| sockets::listen(netns, &self.shared.config);
+        let config = self.shared.config.clone();
+        self.serve_in_own(name, config, listen).await
+    }
+
+    /// Serves HBONE for the proxy's own workload, which is not captured: its metrics are reached so.
+    ///
+    /// # Errors
+    /// Why its listeners cannot be opened.
+    pub async fn serve_own(&self, name: &WorkloadName) -> Result<(), String> {
+        let config = Arc::new(Config {
+            packet_mark: None,
+            original_source: Some(false),
+            ..Config::clone(&self.shared.config)
+        });
+        let listeners = config.clone();
+        let listen = move |_: &PodNetns| sockets::listen_for_own(&listeners);
+        self.serve_in_own(name, config, listen).await
+    }
+
+    async fn serve_in_own(
+        &self,
+        name: &WorkloadName,
+        config: Arc<Config>,
+        listen: impl FnOnce(&PodNetns) -> std::io::Result<Vec<sockets::Listeners>>,
+    ) -> Result<(), String> {
+        let told = |error: std::io::Error| error.to_string();
+        let netns = Arc::new(PodNetns::current().map_err(told)?);
+        let listeners = listen(&netns).map_err(told)?;
+        let spec = Arc::new(PodSpec {
+            uid: format!("own/{}/{}", name.namespace, name.name),
+            name: name.name.clone(),
+            namespace: name.namespace.clone(),
+            service_account: name.service_account.clone(),
+            netns,
+            config,
+            transparent: listeners.iter().all(|listeners| listeners.transparent),
+        });
+        self.start(&spec, listeners).await?;
+        tracing::info!(
+            namespace = name.namespace,
+            name = name.name,
+            "serving the workload of this process"
+        );
+        Ok(())
+    }
+
     async fn start(
         &self,
         spec: &Arc<PodSpec>,
@@ -156,6 +209,7 @@ impl PodHandler for Pods {
             namespace: info.namespace.clone(),
             service_account: info.service_account.clone(),
             netns,
+            config: self.shared.config.clone(),
             transparent: listeners.iter().all(|listeners| listeners.transparent),
         });
         self.start(&spec, listeners).await?;

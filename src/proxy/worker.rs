@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
+use std::net::TcpListener as StdListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio::task::{JoinSet, LocalSet};
 
 use super::drain::{Drain, DrainHandle, Stage, drain};
 use super::pod::{Pod, PodSpec, Shared};
-use super::{Accepted, inbound, outbound, passthrough};
+use super::{Accepted, inbound, outbound, passthrough, socks5};
 use crate::node::sockets::Listeners;
 use crate::telemetry::Direction;
 
@@ -200,12 +201,14 @@ fn start(
     listeners: Listeners,
 ) -> io::Result<RunningPod> {
     let (handle, drain) = drain();
-    let pod = Rc::new(Pod::new(
-        spec,
-        shared.clone(),
-        engine.clone(),
-        drain.clone(),
-    ));
+    let shared = match Arc::ptr_eq(&spec.config, &shared.config) {
+        true => shared.clone(),
+        false => Rc::new(Shared {
+            config: spec.config.clone(),
+            ..Shared::clone(shared)
+        }),
+    };
+    let pod = Rc::new(Pod::new(spec, shared, engine.clone(), drain.clone()));
     let ended = Rc::new(Ended::default());
     let task = |work: std::pin::Pin<Box<dyn Future<Output = ()>>>| {
         ended.left.set(ended.left.get() + 1);
@@ -217,24 +220,27 @@ fn start(
             ended.notify.notify_one();
         });
     };
-    task(Box::pin(accept(
-        pod.clone(),
-        TcpListener::from_std(listeners.outbound)?,
-        Direction::Outbound,
-        outbound::serve,
-    )));
-    task(Box::pin(accept(
-        pod.clone(),
-        TcpListener::from_std(listeners.plaintext)?,
-        Direction::Inbound,
-        passthrough::serve,
-    )));
-    task(Box::pin(accept(
-        pod.clone(),
-        TcpListener::from_std(listeners.hbone)?,
-        Direction::Inbound,
-        inbound::serve,
-    )));
+    let take = |listener: StdListener| TcpListener::from_std(listener);
+    if let Some(listener) = listeners.outbound.map(take).transpose()? {
+        let serve = outbound::serve;
+        let direction = Direction::Outbound;
+        task(Box::pin(accept(pod.clone(), listener, direction, serve)));
+    }
+    if let Some(listener) = listeners.plaintext.map(take).transpose()? {
+        let serve = passthrough::serve;
+        let direction = Direction::Inbound;
+        task(Box::pin(accept(pod.clone(), listener, direction, serve)));
+    }
+    if let Some(listener) = listeners.hbone.map(take).transpose()? {
+        let serve = inbound::serve;
+        let direction = Direction::Inbound;
+        task(Box::pin(accept(pod.clone(), listener, direction, serve)));
+    }
+    if let Some(listener) = listeners.socks5.map(take).transpose()? {
+        let serve = socks5::serve;
+        let direction = Direction::Outbound;
+        task(Box::pin(accept(pod.clone(), listener, direction, serve)));
+    }
     tokio::task::spawn_local(follow_policy(pod.clone()));
     tokio::task::spawn_local(drain_pool(pod.clone()));
     let udp = listeners

@@ -1,6 +1,7 @@
 //! The delta discovery client: keeps the mesh as the control plane describes it.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +13,10 @@ use tonic::{Code, Status};
 use super::names::Names;
 use super::{policies, resources, stream};
 use crate::config::Config;
-use crate::identity::Certificates;
 use crate::identity::channel::Peer;
 use crate::identity::token::Credentials;
-use crate::mesh::Store;
 use crate::mesh::store::AddressResource;
-use crate::mesh_feed::SharedMesh;
+use crate::mesh_feed::MeshWriter;
 use crate::proto::discovery::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as Refusal,
 };
@@ -43,9 +42,7 @@ pub struct Client {
     peer: Peer,
     credentials: Credentials,
     node: Node,
-    store: Store,
-    mesh: SharedMesh,
-    certificates: Certificates,
+    mesh: Rc<MeshWriter>,
     telemetry: Arc<Telemetry>,
     /// Name to version of what is held, by type; what was rejected is not in it and so is sent again.
     held: [Held; 2],
@@ -72,8 +69,7 @@ impl Client {
         config: &Config,
         peer: Peer,
         credentials: Credentials,
-        mesh: SharedMesh,
-        certificates: Certificates,
+        mesh: Rc<MeshWriter>,
         telemetry: Arc<Telemetry>,
         synced: impl FnOnce() + Send + 'static,
     ) -> Self {
@@ -81,9 +77,7 @@ impl Client {
             peer,
             credentials,
             node: node(config),
-            store: Store::new(config.node.clone()),
             mesh,
-            certificates,
             telemetry,
             held: Default::default(),
             names: Names::default(),
@@ -267,16 +261,8 @@ impl Client {
                 read.map(|read| upserts.push(read)),
             );
         }
-        let changes = self.store.apply_addresses(upserts, &removals);
-        self.publish(0, rejected.is_empty());
-        changes
-            .wanted
-            .iter()
-            .for_each(|identity| self.certificates.prefetch(identity));
-        changes
-            .unwanted
-            .iter()
-            .for_each(|identity| self.certificates.forget(identity));
+        self.mesh.apply_addresses(upserts, &removals);
+        self.arrived(0, rejected.is_empty());
         rejected
     }
 
@@ -305,18 +291,14 @@ impl Client {
                 read,
             );
         }
-        self.store
-            .apply_policies(upserts, &response.removed_resources);
-        // A policy that was refused might have been a denial: until all are understood once, nobody is let in.
-        if rejected.is_empty() {
-            self.store.set_policies_synced();
-        }
-        self.publish(1, rejected.is_empty());
+        let whole = rejected.is_empty();
+        self.mesh
+            .apply_policies(upserts, &response.removed_resources, whole);
+        self.arrived(1, whole);
         rejected
     }
 
-    fn publish(&mut self, index: usize, accepted: bool) {
-        self.mesh.publish(self.store.snapshot());
+    fn arrived(&mut self, index: usize, accepted: bool) {
         self.complete[index] |= accepted;
         if self.complete == [true; 2]
             && let Some(synced) = self.synced.take()

@@ -6,7 +6,9 @@ use prost_types::Any;
 
 use super::*;
 use crate::config::RootSource;
-use crate::identity::{Authority, IdentityError};
+use crate::identity::{Authority, Certificates, IdentityError};
+use crate::mesh::Store;
+use crate::mesh_feed::SharedMesh;
 use crate::proto::discovery::Resource;
 use crate::proto::workload::address::Type;
 
@@ -42,8 +44,11 @@ fn fixture() -> Fixture {
         &config,
         peer,
         credentials,
-        mesh.clone(),
-        Certificates::new(Arc::new(Nobody)),
+        Rc::new(MeshWriter::new(
+            "",
+            mesh.clone(),
+            Certificates::new(Arc::new(Nobody)),
+        )),
         Arc::new(Telemetry::new("test")),
         move || told.store(true, Ordering::SeqCst),
     );

@@ -1,7 +1,7 @@
 //! The control plane's resources: how they are asked for and what they mean.
 
 pub mod client;
-mod names;
+pub mod names;
 pub mod policies;
 pub mod resources;
 mod stream;

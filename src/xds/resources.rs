@@ -34,7 +34,11 @@ pub fn address(resource: proto::Address, names: &mut Names) -> Result<AddressRes
     }
 }
 
-fn workload(record: proto::Workload, names: &mut Names) -> Result<Workload, String> {
+/// Turns a workload into its model.
+///
+/// # Errors
+/// Which field cannot be used, and why.
+pub fn workload(record: proto::Workload, names: &mut Names) -> Result<Workload, String> {
     if record.uid.is_empty() {
         return Err("uid: must not be empty".to_string());
     }
@@ -123,7 +127,7 @@ fn workload(record: proto::Workload, names: &mut Names) -> Result<Workload, Stri
                     1 => TunnelProtocol::Proxy,
                     other => return Err(unknown("application_tunnel.protocol", other)),
                 },
-                port: Some(tunnel.port as u16).filter(|port| *port != 0),
+                port: Some(port("application_tunnel.port", tunnel.port)?).filter(|port| *port != 0),
             }),
         },
         native_tunnel: record.native_tunnel,
@@ -137,7 +141,11 @@ fn workload(record: proto::Workload, names: &mut Names) -> Result<Workload, Stri
     })
 }
 
-fn service(record: proto::Service, names: &mut Names) -> Result<Service, String> {
+/// Turns a service into its model.
+///
+/// # Errors
+/// Which field cannot be used, and why.
+pub fn service(record: proto::Service, names: &mut Names) -> Result<Service, String> {
     let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
     for entry in record.addresses {
         let address = ip(&entry.address).map_err(|error| format!("addresses: {error}"))?;
@@ -254,18 +262,19 @@ fn gateway(record: proto::GatewayAddress) -> Result<GatewayAddress, String> {
     };
     Ok(GatewayAddress {
         destination,
-        hbone_mtls_port: record.hbone_mtls_port as u16,
+        hbone_mtls_port: port("hbone_mtls_port", record.hbone_mtls_port)?,
     })
 }
 
+fn port(field: &str, value: u32) -> Result<u16, String> {
+    u16::try_from(value).map_err(|_| format!("{field} {value} is not a port number"))
+}
+
 fn ports(list: Vec<proto::Port>) -> Result<Ports, String> {
-    let port = |name: &str, value: u32| {
-        u16::try_from(value).map_err(|_| format!("ports: {name} {value} is not a port number"))
-    };
     list.into_iter()
         .map(|item| {
-            let service = port("service_port", item.service_port)?;
-            Ok((service, port("target_port", item.target_port)?))
+            let service = port("ports: service_port", item.service_port)?;
+            Ok((service, port("ports: target_port", item.target_port)?))
         })
         .collect::<Result<Vec<_>, _>>()
         .map(|ports| ports.into_iter().collect())

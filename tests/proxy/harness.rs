@@ -29,13 +29,32 @@ const SOON: Duration = Duration::from_secs(20);
 
 /// The node; everything of it ends with it.
 pub struct Node {
-    netns: File,
-    folder: PathBuf,
+    proxy: Proxy,
     control: Child,
     /// Further arguments of the control plane.
     arguments: Vec<&'static str>,
-    proxy: Child,
     agent: ZdsServer,
+}
+
+impl std::ops::Deref for Node {
+    type Target = Proxy;
+
+    fn deref(&self) -> &Proxy {
+        &self.proxy
+    }
+}
+
+impl std::ops::DerefMut for Node {
+    fn deref_mut(&mut self) -> &mut Proxy {
+        &mut self.proxy
+    }
+}
+
+/// A proxy in a namespace of its own; both end with it.
+pub struct Proxy {
+    netns: File,
+    folder: PathBuf,
+    process: Child,
 }
 
 impl Node {
@@ -51,13 +70,8 @@ impl Node {
         control: &[&'static str],
     ) -> Option<Self> {
         let arguments = control.to_vec();
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: tests of the whole proxy need root");
-            return None;
-        }
-        let folder = std::env::temp_dir().join(format!("wrn-proxy-{}-{name}", std::process::id()));
+        let (netns, folder) = place(name)?;
         std::fs::create_dir_all(folder.join("manifests")).unwrap();
-        let netns = namespace();
         let control = Self::control(&netns, &folder, &arguments);
         let (root, token) = (
             folder.join("state/root-cert.pem"),
@@ -68,29 +82,17 @@ impl Node {
         })
         .await;
         let agent = ZdsServer::bind(&folder.join("zds.sock")).unwrap();
-        let mut command = Command::new(WARREN);
+        let mut command = proxy_command();
         command
-            .args(["proxy", "ztunnel"])
-            .env_clear()
-            .env("PATH", std::env::var("PATH").unwrap());
-        for (key, value) in [
-            ("NODE_NAME", "n1"),
-            ("IPV6_ENABLED", "false"),
-            ("XDS_ADDRESS", "https://127.0.0.1:15012"),
-            ("CA_ADDRESS", "https://127.0.0.1:15012"),
-            ("RUST_LOG", "info,access=debug"),
-            ("ZTUNNEL_WORKER_THREADS", "2"),
-        ] {
-            command.env(key, value);
-        }
-        command
+            .env("XDS_ADDRESS", "https://127.0.0.1:15012")
+            .env("CA_ADDRESS", "https://127.0.0.1:15012")
             .env("XDS_ROOT_CA", &root)
             .env("CA_ROOT_CA", &root)
             .env("AUTH_TOKEN", &token);
         command
             .env("INPOD_UDS", folder.join("zds.sock"))
             .envs(variables.iter().copied());
-        let proxy = spawn(&mut command, &netns, &folder.join("proxy.log"));
+        let process = spawn(&mut command, &netns, &folder.join("proxy.log"));
         agent
             .connected()
             .wait_for(|count| *count > 0)
@@ -105,12 +107,15 @@ impl Node {
             .add("uid-web", info, netns.try_clone().unwrap().into())
             .await
             .unwrap();
-        Some(Self {
+        let proxy = Proxy {
             netns,
             folder,
+            process,
+        };
+        Some(Self {
+            proxy,
             control,
             arguments,
-            proxy,
             agent,
         })
     }
@@ -139,6 +144,59 @@ impl Node {
         self.control = Self::control(&self.netns, &self.folder, &self.arguments);
     }
 
+    /// The node agent.
+    pub fn agent(&self) -> &ZdsServer {
+        &self.agent
+    }
+
+    /// Writes another manifest.
+    pub fn apply(&self, name: &str, text: &str) {
+        let scratch = self.folder.join("scratch");
+        std::fs::write(&scratch, text).unwrap();
+        std::fs::rename(scratch, self.folder.join("manifests").join(name)).unwrap();
+    }
+}
+
+impl Proxy {
+    /// Starts a proxy that needs no control plane and no CA, with that state; none without root.
+    pub async fn alone(name: &str, variables: &[(&str, &str)], state: &str) -> Option<Self> {
+        let (netns, folder) = place(name)?;
+        std::fs::write(folder.join("state.yaml"), state).unwrap();
+        let mut command = alone(&folder, variables);
+        let process = spawn(&mut command, &netns, &folder.join("proxy.log"));
+        let proxy = Self {
+            netns,
+            folder,
+            process,
+        };
+        proxy.logged(&["local config initialized"]).await;
+        Some(proxy)
+    }
+
+    /// Starts a proxy that is alone once more; the former one must have ended.
+    pub fn start_again(&mut self, variables: &[(&str, &str)]) {
+        let mut command = alone(&self.folder, variables);
+        self.process = spawn(&mut command, &self.netns, &self.folder.join("proxy.log"));
+    }
+
+    /// Waits for the proxy's end; gives its exit code.
+    pub async fn ended(&mut self) -> Option<i32> {
+        let mut code = None;
+        wait_for("the proxy's end", || {
+            code = self.process.try_wait().unwrap();
+            code.is_some()
+        })
+        .await;
+        code.and_then(|status| status.code())
+    }
+
+    /// Writes other state for a proxy that is alone.
+    pub fn state(&self, text: &str) {
+        let scratch = self.folder.join("scratch");
+        std::fs::write(&scratch, text).unwrap();
+        std::fs::rename(scratch, self.folder.join("state.yaml")).unwrap();
+    }
+
     /// Runs a shell command in the pod's namespace.
     pub fn shell(&self, text: &str) {
         let mut command = Command::new("sh");
@@ -163,14 +221,10 @@ impl Node {
         }
     }
 
-    /// The node agent.
-    pub fn agent(&self) -> &ZdsServer {
-        &self.agent
-    }
-
     /// The proxy's resident memory, in KiB.
     pub fn memory(&self) -> usize {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.proxy.id())).unwrap();
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let number = line.and_then(|line| line.split_whitespace().next());
         number.unwrap().parse().unwrap()
@@ -178,28 +232,15 @@ impl Node {
 
     /// How many descriptors the proxy has open.
     pub fn descriptors(&self) -> usize {
-        let folder = format!("/proc/{}/fd", self.proxy.id());
+        let folder = format!("/proc/{}/fd", self.process.id());
         std::fs::read_dir(folder).unwrap().count()
-    }
-
-    /// Writes another manifest.
-    pub fn apply(&self, name: &str, text: &str) {
-        let scratch = self.folder.join("scratch");
-        std::fs::write(&scratch, text).unwrap();
-        std::fs::rename(scratch, self.folder.join("manifests").join(name)).unwrap();
     }
 
     /// Tells the proxy to stop; gives its exit code.
     pub async fn terminate(&mut self) -> Option<i32> {
-        let pid = nix::unistd::Pid::from_raw(self.proxy.id() as i32);
+        let pid = nix::unistd::Pid::from_raw(self.process.id() as i32);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-        let mut code = None;
-        wait_for("the proxy's end", || {
-            code = self.proxy.try_wait().unwrap();
-            code.is_some()
-        })
-        .await;
-        code.and_then(|status| status.code())
+        self.ended().await
     }
 
     /// A connection from the client's address into the pod's namespace.
@@ -287,7 +328,10 @@ impl Node {
 
     /// A certificate of the mesh's own root.
     pub fn certificate(&self, uri: &str) -> Certificate {
-        let state = self.folder.join("state");
+        let state = match self.folder.join("state") {
+            state if state.exists() => state,
+            _ => self.folder.join("warren-fake-ca-0"),
+        };
         let root = std::fs::read_to_string(state.join("root-cert.pem")).unwrap();
         let key = KeyPair::from_pem(&std::fs::read_to_string(state.join("root-key.pem")).unwrap())
             .unwrap();
@@ -302,12 +346,58 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        for child in [&mut self.proxy, &mut self.control] {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let _ = self.control.kill();
+        let _ = self.control.wait();
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+/// A namespace and a folder for a test; none, with a line that says so, without root.
+fn place(name: &str) -> Option<(File, PathBuf)> {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: tests of the whole proxy need root");
+        return None;
+    }
+    let folder = std::env::temp_dir().join(format!("wrn-proxy-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    Some((namespace(), folder))
+}
+
+fn alone(folder: &Path, variables: &[(&str, &str)]) -> Command {
+    let mut command = proxy_command();
+    command
+        .env("TMPDIR", folder)
+        .env("LOCAL_XDS_PATH", folder.join("state.yaml"))
+        .env("INPOD_UDS", folder.join("zds.sock"));
+    for (key, value) in [("XDS_ADDRESS", ""), ("FAKE_CA", "true")] {
+        command.env(key, value);
+    }
+    command.envs(variables.iter().copied());
+    command
+}
+
+fn proxy_command() -> Command {
+    let mut command = Command::new(WARREN);
+    command
+        .args(["proxy", "ztunnel"])
+        .env_clear()
+        .env("PATH", std::env::var("PATH").unwrap());
+    for (key, value) in [
+        ("NODE_NAME", "n1"),
+        ("IPV6_ENABLED", "false"),
+        ("RUST_LOG", "info,access=debug"),
+        ("ZTUNNEL_WORKER_THREADS", "2"),
+    ] {
+        command.env(key, value);
+    }
+    command
 }
 
 /// A client's certificate to be.

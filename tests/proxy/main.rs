@@ -3,6 +3,7 @@
 mod harness;
 mod hostile;
 mod life;
+mod modes;
 mod outbound;
 mod soak;
 mod tunnel;

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::harness::Node;
+use crate::harness::{Node, Proxy};
 
 /// Who the client is in good standing.
 pub const CURL: &str = "spiffe://cluster.local/ns/a/sa/curl";
@@ -27,7 +27,7 @@ pub fn config(identity: &TlsIdentity) -> ClientConfig {
 }
 
 /// A TLS connection to the pod's HBONE port.
-pub async fn tls(node: &Node, config: ClientConfig) -> io::Result<TlsStream<TcpStream>> {
+pub async fn tls(node: &Proxy, config: ClientConfig) -> io::Result<TlsStream<TcpStream>> {
     let socket = node.connect(HBONE).await?;
     let name = ServerName::try_from("localhost").unwrap();
     TlsConnector::from(Arc::new(config))
@@ -63,4 +63,31 @@ pub async fn answer(send: SendRequest<Bytes>, request: Request<()>) -> Result<u1
     let mut send = send.ready().await?;
     let (response, _stream) = send.send_request(request, false)?;
     Ok(response.await?.status().as_u16())
+}
+
+/// Sends a request in a tunnel of that caller to whom it expects; gives what comes back.
+pub async fn exchange(
+    proxy: &Proxy,
+    caller: &TlsIdentity,
+    expected: &str,
+    authority: &str,
+    sent: &'static [u8],
+) -> String {
+    let config = caller.client_config(&[expected.parse().unwrap()]).unwrap();
+    let stream = tls(proxy, (*config).clone()).await.unwrap();
+    let (send, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut send = send.ready().await.unwrap();
+    let (response, mut upload) = send.send_request(request(authority), false).unwrap();
+    let response = response.await.unwrap();
+    assert_eq!(response.status(), 200);
+    upload.send_data(Bytes::from_static(sent), true).unwrap();
+    let mut body = response.into_body();
+    let mut text = Vec::new();
+    while let Some(part) = body.data().await {
+        let part = part.unwrap();
+        let _ = body.flow_control().release_capacity(part.len());
+        text.extend_from_slice(&part);
+    }
+    String::from_utf8(text).unwrap()
 }
