@@ -10,40 +10,44 @@ use tokio::net::TcpStream;
 use super::connections::{Admission, Asked, Registration};
 use super::pod::Pod;
 use super::relay::relay;
-use super::{Accepted, Refusal};
+use super::{Accepted, Refusal, socks5};
 use crate::mesh::route::{self, Route, RouteKind};
 use crate::mesh::{Service, Workload};
 use crate::node::sockets;
 use crate::telemetry::{Direction, Flow, FlowError};
 
+/// How a connection says where it goes.
+#[derive(Clone, Copy)]
+pub enum Entry {
+    /// The kernel remembers it, since it was redirected.
+    Captured,
+    /// The client is asked.
+    Socks5,
+}
+
 /// Serves one connection accepted on 15001.
-pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
+pub fn serve(pod: Rc<Pod>, accepted: Accepted) -> impl Future<Output = ()> {
+    serve_entry(pod, accepted, Entry::Captured)
+}
+
+/// Serves one connection that entered that way.
+pub async fn serve_entry(pod: Rc<Pod>, accepted: Accepted, entry: Entry) {
     let Accepted {
-        socket,
+        mut socket,
         client,
         open: _open,
     } = accepted;
-    let target = match sockets::original_destination(&socket, client) {
-        Ok(target) => target,
-        Err(error) => {
-            tracing::error!("Failed TCP handshake {error}");
-            return;
+    // What is only needed until the flow is open lies in a box that is gone by then.
+    let begun = Box::pin(begin(&pod, &mut socket, client, entry)).await;
+    let Some((flow, opened)) = begun else { return };
+    let result = match opened {
+        (Far::Tunnel(stream), _registration) => carry(stream, socket, &flow).await,
+        (Far::Socket(far), _registration) => {
+            let counters = flow.counters();
+            copied(relay(socket, far, &counters.sent, &counters.received).await)
         }
     };
-    let telemetry = pod.shared.telemetry.clone();
-    let mut flow = Flow::new(Direction::Outbound, client, target, telemetry);
-    // What is only needed until the flow is open lies in a box that is gone by then.
-    let opened = Box::pin(open(&pod, client, target, &mut flow)).await;
-    match opened {
-        Ok(opened) => opened.carry(socket, flow).await,
-        Err(refusal) => flow.refuse(refusal),
-    }
-}
-
-/// An opened flow's way on.
-pub struct Opened {
-    far: Far,
-    _registration: Registration,
+    flow.finish(result);
 }
 
 /// What a flow goes on through.
@@ -52,25 +56,42 @@ enum Far {
     Socket(TcpStream),
 }
 
-impl Opened {
-    /// Carries the flow to its end.
-    pub async fn carry(self, socket: TcpStream, flow: Flow) {
-        let result = match self.far {
-            Far::Tunnel(stream) => carry(stream, socket, &flow).await,
-            Far::Socket(far) => {
-                let counters = flow.counters();
-                copied(relay(socket, far, &counters.sent, &counters.received).await)
+type Opened = (Far, Registration);
+
+/// Learns where the flow goes and opens it; what comes to nothing has been told.
+async fn begin(
+    pod: &Rc<Pod>,
+    socket: &mut TcpStream,
+    client: SocketAddr,
+    entry: Entry,
+) -> Option<(Flow, Opened)> {
+    let target = match entry {
+        Entry::Socks5 => socks5::target(pod, socket, client).await?,
+        Entry::Captured => match sockets::original_destination(socket, client) {
+            Ok(target) => target,
+            Err(error) => {
+                tracing::error!("Failed TCP handshake {error}");
+                return None;
             }
-        };
-        flow.finish(result);
+        },
+    };
+    let telemetry = pod.shared.telemetry.clone();
+    let mut flow = Flow::new(Direction::Outbound, client, target, telemetry);
+    let opened = open(pod, client, target, &mut flow).await;
+    if matches!(entry, Entry::Socks5) {
+        socks5::answer(socket, opened.as_ref().err()).await;
+    }
+    match opened {
+        Ok(opened) => Some((flow, opened)),
+        Err(refusal) => {
+            flow.refuse(refusal);
+            None
+        }
     }
 }
 
 /// Finds where the flow goes and connects there.
-///
-/// # Errors
-/// Why it goes nowhere, for the log.
-pub async fn open(
+async fn open(
     pod: &Pod,
     client: SocketAddr,
     target: SocketAddr,
@@ -175,10 +196,7 @@ async fn attempt(
         flow.service(service.clone());
     }
     let far = connect(pod, source, route, client, flow).await?;
-    Ok(Opened {
-        far,
-        _registration: registration,
-    })
+    Ok((far, registration))
 }
 
 /// Connects along the route; the error tells whether another endpoint may be tried.

@@ -11,8 +11,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::outbound::{self, Entry};
 use super::pod::Pod;
-use super::{Accepted, Refusal, outbound, pod_dns};
+use super::{Accepted, Refusal, pod_dns};
 use crate::telemetry::{Direction, Flow};
 
 /// How long a client may take to say what it wants.
@@ -48,46 +49,41 @@ enum Target {
 }
 
 /// Serves one connection accepted on the SOCKS5 port.
-pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
-    let Accepted {
-        mut socket,
-        client,
-        open: _open,
-    } = accepted;
-    let Ok(local) = socket.local_addr() else {
-        return;
-    };
-    let flow = |target| {
+pub fn serve(pod: Rc<Pod>, accepted: Accepted) -> impl Future<Output = ()> {
+    outbound::serve_entry(pod, accepted, Entry::Socks5)
+}
+
+/// Learns from a client where it wants to go; none when that is not to be had, which has been told then.
+pub async fn target(
+    pod: &Rc<Pod>,
+    socket: &mut TcpStream,
+    client: SocketAddr,
+) -> Option<SocketAddr> {
+    let local = socket.local_addr().ok()?;
+    let deny = |error: String| {
         let telemetry = pod.shared.telemetry.clone();
-        Flow::new(Direction::Outbound, client, target, telemetry)
+        Flow::new(Direction::Outbound, client, local, telemetry).early_deny(&error);
+        None
     };
-    let asked = timeout(REQUEST, request(&mut socket)).await;
-    let asked = match asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-        Ok(asked) => asked,
-        Err(error) => return flow(local).early_deny(&format!("socks5: {error}")),
-    };
-    let target = match asked {
-        Target::Address(target) => target,
-        Target::Name(name, port) => match resolve(&pod, &name).await {
-            Ok(ip) => SocketAddr::new(ip, port),
+    let asked = timeout(REQUEST, request(socket)).await;
+    match asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(Target::Address(target)) => Some(target),
+        Ok(Target::Name(name, port)) => match resolve(pod, &name).await {
+            Ok(ip) => Some(SocketAddr::new(ip, port)),
             Err(error) => {
-                let _ = answer(&mut socket, Reply::HostUnreachable).await;
-                return flow(local).early_deny(&format!("dns: {name}: {error}"));
+                let _ = reply(socket, Reply::HostUnreachable).await;
+                deny(format!("dns: {name}: {error}"))
             }
         },
-    };
-    let mut flow = flow(target);
-    match Box::pin(outbound::open(&pod, client, target, &mut flow)).await {
-        Ok(opened) => {
-            // A client that is gone by now is met again while its flow is carried.
-            let _ = answer(&mut socket, Reply::Succeeded).await;
-            opened.carry(socket, flow).await;
-        }
-        Err(refusal) => {
-            let _ = answer(&mut socket, Reply::of(&refusal)).await;
-            flow.refuse(refusal);
-        }
+        Err(error) => deny(format!("socks5: {error}")),
     }
+}
+
+/// Tells a client how the flow that it asked for has begun, or why it has not.
+pub async fn answer(socket: &mut TcpStream, refusal: Option<&Refusal>) {
+    let code = refusal.map_or(Reply::Succeeded, Reply::of);
+    // A client that is gone by now is met again while its flow is carried.
+    let _ = reply(socket, code).await;
 }
 
 impl Reply {
@@ -159,8 +155,8 @@ async fn read<const N: usize>(socket: &mut TcpStream) -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-async fn refuse<T>(socket: &mut TcpStream, reply: Reply, why: &str) -> io::Result<T> {
-    answer(socket, reply).await?;
+async fn refuse<T>(socket: &mut TcpStream, code: Reply, why: &str) -> io::Result<T> {
+    reply(socket, code).await?;
     // What is left unread would turn the answer into a reset.
     socket.shutdown().await?;
     let mut rest = [0; 512];
@@ -172,9 +168,9 @@ fn unsupported(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
-async fn answer(socket: &mut TcpStream, reply: Reply) -> io::Result<()> {
+async fn reply(socket: &mut TcpStream, code: Reply) -> io::Result<()> {
     let bound = [0; 6];
-    socket.write_all(&[VERSION, reply as u8, 0, IPV4]).await?;
+    socket.write_all(&[VERSION, code as u8, 0, IPV4]).await?;
     socket.write_all(&bound).await
 }
 
