@@ -12,9 +12,9 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::engine::{Engine, Failure, Outcome, Role, TunnelHandle, handshake};
-use crate::error::{OpenError, Revoked};
+use crate::error::OpenError;
+use crate::guard::Guard;
 use crate::http2::Http2Config;
-use crate::revocation::numbers;
 use crate::stream::Stream;
 use crate::{Identity, LocalBoxFuture, TlsIdentity};
 
@@ -22,6 +22,11 @@ use crate::{Identity, LocalBoxFuture, TlsIdentity};
 pub trait Dialer {
     /// Connects to `destination` within a bounded time.
     fn dial(&self, destination: SocketAddr) -> LocalBoxFuture<'_, io::Result<TcpStream>>;
+
+    /// The certificate that tunnels are made with now, if that is known: those made with another take no new streams.
+    fn certificate(&self, _source: &Identity) -> Option<Arc<TlsIdentity>> {
+        None
+    }
 }
 
 /// What is sent along with a CONNECT.
@@ -51,25 +56,22 @@ pub(crate) struct Tunnel {
     limit: usize,
     used: Cell<Instant>,
     peer: Option<Identity>,
+    /// What this end proved itself with.
+    tls: Arc<TlsIdentity>,
 }
 
 impl Tunnel {
-    /// Dials, proves both ends and hands the tunnel to the engine.
-    pub async fn connect(
+    /// Makes a tunnel of a connection: proves both ends and hands it to the engine.
+    pub async fn over(
         engine: &Engine,
-        dialer: &dyn Dialer,
-        destination: SocketAddr,
-        tls: &Arc<TlsIdentity>,
+        socket: TcpStream,
+        tls: Arc<TlsIdentity>,
         expected: &[Identity],
         config: &Http2Config,
     ) -> Result<Rc<Self>, OpenError> {
         let tls_config = tls
             .client_config(expected)
             .map_err(|error| OpenError::Tls(error.to_string()))?;
-        let socket = dialer
-            .dial(destination)
-            .await
-            .map_err(OpenError::from_dial)?;
         let proven = timeout(
             config.handshake_timeout,
             handshake::connect(&socket, tls_config),
@@ -87,32 +89,23 @@ impl Tunnel {
             return Err(OpenError::Http2("peer does not speak HTTP/2".to_string()));
         }
         let chain = std::mem::take(&mut proven.chain);
-        let guarded = config
-            .revocations
-            .clone()
-            .map(|list| (list, numbers(&chain)));
-        if let Some((revocations, chain)) = &guarded
-            && revocations.refuses(chain, false)
-        {
-            return Err(OpenError::Revoked(Revoked));
-        }
+        let guard = Guard::new(config, &tls, &chain, Role::Client).map_err(OpenError::Revoked)?;
         let peer = proven.peer.clone();
         let streams = u32::from(config.max_streams_per_connection);
         let handle = engine.add(socket, proven, Role::Client, config.client(), streams);
-        let watch = handle
-            .clone()
-            .watch(config.ping_interval, config.ping_timeout);
-        tokio::task::spawn_local(watch);
-        if let Some((revocations, chain)) = guarded {
-            let guard = handle.clone().guard(revocations, chain, Role::Client);
-            tokio::task::spawn_local(guard);
-        }
+        guard.watch(&handle, config);
         Ok(Rc::new(Self {
             handle,
             limit: usize::from(config.max_streams_per_connection),
             used: Cell::new(Instant::now()),
             peer,
+            tls,
         }))
+    }
+
+    /// Whether it was made with that certificate.
+    pub fn is_made_with(&self, tls: &Arc<TlsIdentity>) -> bool {
+        Arc::ptr_eq(&self.tls, tls)
     }
 
     /// Whether another stream may be opened now.

@@ -281,8 +281,7 @@ async fn flows_of_an_envoy_that_originates_tunnels_are_served() {
         let (engine, identity) = (Engine::start(), authority.issue(SERVER));
         spawn_local(async move {
             while let Ok((socket, _)) = tunnels.accept().await {
-                let tls = identity.server_config();
-                let mut tunnel = accept(&engine, socket, tls, &Http2Config::default())
+                let mut tunnel = accept(&engine, socket, &identity, &Http2Config::default())
                     .await
                     .unwrap();
                 assert_eq!(tunnel.peer(), Some(&CLIENT.parse().unwrap()));

@@ -196,10 +196,10 @@ async fn echo_server(identity: Arc<TlsIdentity>) -> SocketAddr {
     let engine = Engine::start();
     spawn_local(async move {
         while let Ok((socket, _)) = listener.accept().await {
-            let (engine, config) = (engine.clone(), identity.server_config());
+            let (engine, identity) = (engine.clone(), identity.clone());
             spawn_local(async move {
-                let config = accept(&engine, socket, config, &Http2Config::default()).await;
-                let mut tunnel = config.unwrap();
+                let tunnel = accept(&engine, socket, &identity, &Http2Config::default()).await;
+                let mut tunnel = tunnel.unwrap();
                 while let Some(incoming) = tunnel.next().await {
                     spawn_local(async move {
                         let socket = TcpStream::connect(target).await.unwrap();

@@ -6,11 +6,14 @@ mod engine;
 #[cfg(test)]
 mod envoy_tests;
 mod error;
+mod guard;
 mod headers;
 mod http2;
 mod identity;
 #[cfg(test)]
 mod interop_tests;
+#[cfg(test)]
+mod nested_tests;
 mod pool;
 mod revocation;
 mod server;

@@ -6,7 +6,7 @@ use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
@@ -14,10 +14,14 @@ use crate::client::{ConnectHeaders, Dialer, Tunnel, Tunnelled};
 use crate::engine::Engine;
 use crate::error::OpenError;
 use crate::http2::Http2Config;
+use crate::stream::Stream;
 use crate::{Identity, TlsIdentity};
 
 /// How often a stream is tried on another tunnel when its tunnel turns out to be on its way out.
 const ATTEMPTS: usize = 4;
+
+/// The longest time between two looks at the tunnels.
+const LOOK: Duration = Duration::from_secs(15);
 
 /// How many dials a stream waits for; each gives room to many, unless the peer allows no streams at all.
 const DIALS: usize = 256;
@@ -142,6 +146,31 @@ impl Pool {
         }
     }
 
+    /// Opens a stream to whom `inner` names, through an opened stream to a gateway that sees nothing of it.
+    ///
+    /// Nobody else gets a stream on the inner tunnel: behind one gateway may be many, and each flow is to meet its own.
+    ///
+    /// # Errors
+    /// As for [`Self::open`], of the inner tunnel.
+    pub async fn open_through(
+        &self,
+        outer: Stream,
+        tls: Arc<TlsIdentity>,
+        inner: &[Identity],
+        headers: &ConnectHeaders,
+    ) -> Result<Tunnelled, OpenError> {
+        let (engine, config) = (&self.0.engine, &self.0.config);
+        let socket = outer.into_socket().map_err(OpenError::from_io)?;
+        let tunnel = Tunnel::over(engine, socket, tls, inner, config).await?;
+        let opened = tunnel.open(headers, config).await;
+        tunnel.retire();
+        opened.map_err(|error| {
+            error.unwrap_or_else(|| {
+                OpenError::Http2("the tunnel ended before it was used".to_string())
+            })
+        })
+    }
+
     /// How many tunnels there are.
     pub fn tunnels(&self) -> usize {
         self.0
@@ -206,8 +235,9 @@ impl Inner {
         let tls = tls
             .await
             .map_err(|error| OpenError::Identity(error.into()))?;
-        let (engine, dialer, config) = (&self.engine, &*self.dialer, &self.config);
-        Tunnel::connect(engine, dialer, key.dst, &tls, &key.expected, config).await
+        let socket = self.dialer.dial(key.dst).await;
+        let socket = socket.map_err(OpenError::from_dial)?;
+        Tunnel::over(&self.engine, socket, tls, &key.expected, &self.config).await
     }
 
     fn settle(self: &Rc<Self>, key: &PoolKey, result: Result<Rc<Tunnel>, OpenError>, dial: &Dial) {
@@ -257,16 +287,22 @@ impl Drop for Inner {
     }
 }
 
-/// Lets go of tunnels that took no stream for `unused`; ends when there are none left.
-async fn sweep(inner: Weak<Inner>, unused: std::time::Duration) {
+/// Lets go of tunnels that took no stream for `unused`, or whose certificate was replaced; ends when there are none left.
+async fn sweep(inner: Weak<Inner>, unused: Duration) {
     loop {
-        tokio::time::sleep(unused / 4 + std::time::Duration::from_millis(1)).await;
+        let rest = (unused / 4).min(LOOK) + Duration::from_millis(1);
+        tokio::time::sleep(rest).await;
         let Some(inner) = inner.upgrade() else { return };
         let now = Instant::now();
         let mut entries = inner.entries.borrow_mut();
-        entries.retain(|_, entry| {
+        entries.retain(|key, entry| {
+            let current = inner.dialer.certificate(&key.src);
             entry.tunnels.retain(|tunnel| {
-                let keep = !tunnel.is_dead() && now.duration_since(tunnel.last_used()) < unused;
+                let outdated = current
+                    .as_ref()
+                    .is_some_and(|current| !tunnel.is_made_with(current));
+                let rested = now.duration_since(tunnel.last_used()) >= unused;
+                let keep = !tunnel.is_dead() && !outdated && !rested;
                 if !keep {
                     tunnel.retire();
                 }

@@ -1,19 +1,17 @@
 //! The serving end of tunnels.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
-use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::Identity;
 use crate::engine::{Engine, Failure, Fields, Role, StreamHandle, TunnelHandle, handshake};
-use crate::error::{AcceptError, Revoked, StreamError};
+use crate::error::{AcceptError, StreamError};
+use crate::guard::Guard;
 use crate::headers::forwarded_host;
 use crate::http2::Http2Config;
-use crate::revocation::numbers;
 use crate::stream::Stream;
+use crate::{Identity, TlsIdentity};
 
 /// An accepted tunnel; dropping it ends it with all its streams.
 pub struct ServerTunnel {
@@ -28,11 +26,11 @@ pub struct ServerTunnel {
 pub async fn accept(
     engine: &Engine,
     socket: TcpStream,
-    tls: Arc<ServerConfig>,
+    tls: &TlsIdentity,
     config: &Http2Config,
 ) -> Result<ServerTunnel, AcceptError> {
     let limit = config.handshake_timeout;
-    let mut proven = timeout(limit, handshake::accept(&socket, tls))
+    let mut proven = timeout(limit, handshake::accept(&socket, tls.server_config()))
         .await
         .map_err(|_| AcceptError::TlsTimeout(limit))?
         .map_err(AcceptError::Tls)?;
@@ -40,15 +38,7 @@ pub async fn accept(
         return Err(AcceptError::NoAlpn);
     }
     let chain = std::mem::take(&mut proven.chain);
-    let guarded = config
-        .revocations
-        .clone()
-        .map(|list| (list, numbers(&chain)));
-    if let Some((revocations, chain)) = &guarded
-        && revocations.refuses(chain, true)
-    {
-        return Err(AcceptError::Revoked(Revoked));
-    }
+    let guard = Guard::new(config, tls, &chain, Role::Server).map_err(AcceptError::Revoked)?;
     let peer = proven.peer.clone();
     let tunnel = ServerTunnel {
         handle: engine.add(socket, proven, Role::Server, config.server(), 0),
@@ -58,18 +48,7 @@ pub async fn accept(
         .await
         .map_err(|_| AcceptError::Http2Timeout(limit))?
         .map_err(AcceptError::Http2)?;
-    let watch = tunnel
-        .handle
-        .clone()
-        .watch(config.ping_interval, config.ping_timeout);
-    tokio::task::spawn_local(watch);
-    if let Some((revocations, chain)) = guarded {
-        let guard = tunnel
-            .handle
-            .clone()
-            .guard(revocations, chain, Role::Server);
-        tokio::task::spawn_local(guard);
-    }
+    guard.watch(&tunnel.handle, config);
     Ok(tunnel)
 }
 

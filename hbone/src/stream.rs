@@ -1,6 +1,8 @@
 //! One CONNECT stream, and how it carries an application's socket.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
 use thiserror::Error;
@@ -19,6 +21,8 @@ pub enum CarryError {
     Tunnel(Failure),
     #[error("connection closed: peer certificate revoked by CRL")]
     Revoked,
+    #[error("connection closed: a certificate that its tunnel was made with has expired")]
+    Expired,
     #[error("send: {0}")]
     Read(Rc<io::Error>),
     #[error("receive: {0}")]
@@ -30,6 +34,7 @@ impl CarryError {
     pub fn flag(&self) -> &'static str {
         match self {
             Self::Revoked => "CERT_REVOKED",
+            Self::Expired => "CERT_EXPIRED",
             Self::Tunnel(_) | Self::Read(_) | Self::Write(_) => "CONNECT",
         }
     }
@@ -38,6 +43,22 @@ impl CarryError {
 impl Stream {
     pub(crate) fn new(handle: StreamHandle) -> Self {
         Self(handle)
+    }
+
+    /// A socket whose other end the stream carries, within this process: for a tunnel in the stream.
+    ///
+    /// # Errors
+    /// When the kernel has no more sockets.
+    pub(crate) fn into_socket(self) -> io::Result<TcpStream> {
+        let (near, far) = UnixStream::pair()?;
+        let [near, far] = [near, far].map(|end| -> io::Result<TcpStream> {
+            end.set_nonblocking(true)?;
+            // A stream is a stream: of what is particular to TCP, a tunnel and a relay use nothing.
+            TcpStream::from_std(OwnedFd::from(end).into())
+        });
+        let (near, far) = (near?, far?);
+        tokio::task::spawn_local(async move { self.carry(far, &Rc::default()).await });
+        Ok(near)
     }
 
     /// Carries the socket's bytes both ways until both directions have ended.
@@ -58,6 +79,7 @@ impl Stream {
             Outcome::Ended | Outcome::Reset(_) | Outcome::Unprocessed => Ok(()),
             Outcome::Tunnel(failure) if failure.is_abrupt_close() => Ok(()),
             Outcome::Tunnel(Failure::Revoked) => Err(CarryError::Revoked),
+            Outcome::Tunnel(Failure::Expired) => Err(CarryError::Expired),
             Outcome::Tunnel(failure) => Err(CarryError::Tunnel(failure)),
             Outcome::Read(error) | Outcome::Write(error) if is_abrupt_close(&error) => Ok(()),
             Outcome::Read(error) => Err(CarryError::Read(error)),

@@ -1,6 +1,7 @@
 //! A throw-away certificate authority for the tests of this crate.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
@@ -52,6 +53,14 @@ impl Authority {
     }
 
     pub fn expired(&self, uri: &str) -> Arc<TlsIdentity> {
+        self.ending(uri, rcgen::date_time_ymd(2020, 1, 2).into())
+    }
+
+    pub fn expiring_in(&self, uri: &str, time: Duration) -> Arc<TlsIdentity> {
+        self.ending(uri, SystemTime::now() + time)
+    }
+
+    fn ending(&self, uri: &str, end: SystemTime) -> Arc<TlsIdentity> {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
         params.extended_key_usages = vec![
@@ -59,7 +68,7 @@ impl Authority {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
-        params.not_after = rcgen::date_time_ymd(2020, 1, 2);
+        params.not_after = end.into();
         let (chain, key, roots) = self.sign(params);
         Arc::new(TlsIdentity::new(chain, key, roots, &TlsOptions::default()).unwrap())
     }

@@ -229,7 +229,8 @@ pub fn provider(options: &TlsOptions) -> CryptoProvider {
     provider
 }
 
-fn validity(leaf: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), TlsError> {
+/// Since when and until when a certificate is valid.
+pub(crate) fn validity(leaf: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), TlsError> {
     let (_, parsed) = X509Certificate::from_der(leaf)
         .map_err(|error| TlsError::Certificate(error.to_string()))?;
     let time = |seconds: i64| {

@@ -17,8 +17,8 @@ use tokio_rustls::TlsConnector;
 use crate::testing::Authority;
 use crate::*;
 
-const SERVER: &str = "spiffe://td/ns/b/sa/server";
-const CLIENT: &str = "spiffe://td/ns/a/sa/client";
+pub(crate) const SERVER: &str = "spiffe://td/ns/b/sa/server";
+pub(crate) const CLIENT: &str = "spiffe://td/ns/a/sa/client";
 
 struct Direct;
 
@@ -29,14 +29,14 @@ impl Dialer for Direct {
 }
 
 /// A serving end that accepts every CONNECT and carries it to an application; counts tunnels.
-struct Server {
-    address: SocketAddr,
-    tunnels: Rc<Cell<usize>>,
-    application: TcpListener,
+pub(crate) struct Server {
+    pub address: SocketAddr,
+    pub tunnels: Rc<Cell<usize>>,
+    pub application: TcpListener,
     errors: tokio::sync::mpsc::UnboundedReceiver<String>,
 }
 
-async fn server(identity: Arc<TlsIdentity>, config: Http2Config) -> Server {
+pub(crate) async fn server(identity: Arc<TlsIdentity>, config: Http2Config) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -50,11 +50,10 @@ async fn server(identity: Arc<TlsIdentity>, config: Http2Config) -> Server {
             let (identity, config) = (identity.clone(), config.clone());
             let (counted, report, engine) = (counted.clone(), report.clone(), engine.clone());
             spawn_local(async move {
-                let mut tunnel =
-                    match accept(&engine, socket, identity.server_config(), &config).await {
-                        Ok(tunnel) => tunnel,
-                        Err(error) => return report.send(error.to_string()).unwrap_or_default(),
-                    };
+                let mut tunnel = match accept(&engine, socket, &identity, &config).await {
+                    Ok(tunnel) => tunnel,
+                    Err(error) => return report.send(error.to_string()).unwrap_or_default(),
+                };
                 counted.set(counted.get() + 1);
                 while let Some(incoming) = tunnel.next().await {
                     match incoming.authority() {
@@ -89,7 +88,7 @@ async fn server(identity: Arc<TlsIdentity>, config: Http2Config) -> Server {
     }
 }
 
-fn key(address: SocketAddr) -> PoolKey {
+pub(crate) fn key(address: SocketAddr) -> PoolKey {
     PoolKey {
         src: CLIENT.parse().unwrap(),
         expected: vec![SERVER.parse().unwrap()],
@@ -98,14 +97,14 @@ fn key(address: SocketAddr) -> PoolKey {
     }
 }
 
-fn to(authority: &str) -> ConnectHeaders {
+pub(crate) fn to(authority: &str) -> ConnectHeaders {
     ConnectHeaders {
         authority: authority.to_string(),
         ..Default::default()
     }
 }
 
-async fn open(
+pub(crate) async fn open(
     pool: &Pool,
     key: &PoolKey,
     identity: &Arc<TlsIdentity>,
@@ -118,18 +117,18 @@ async fn open(
     pool.open(key, tls, &to(authority)).await
 }
 
-fn pool(config: Http2Config) -> Pool {
+pub(crate) fn pool(config: Http2Config) -> Pool {
     Pool::new(Engine::start(), Rc::new(config), Rc::new(Direct))
 }
 
-async fn socket_pair() -> (TcpStream, TcpStream) {
+pub(crate) async fn socket_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
     (near.unwrap(), far.unwrap().0)
 }
 
-async fn local<F: Future<Output = ()>>(test: F) {
+pub(crate) async fn local<F: Future<Output = ()>>(test: F) {
     LocalSet::new()
         .run_until(async {
             tokio::time::timeout(Duration::from_secs(20), test)

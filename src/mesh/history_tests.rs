@@ -220,7 +220,7 @@ fn sizes(mesh: &Mesh) -> [usize; 11] {
         mesh.services.len(),
         mesh.by_vip.values().flatten().count(),
         mesh.by_hostname.len(),
-        mesh.cidrs.len(),
+        mesh.by_range.len(),
         mesh.staged.len(),
         mesh.policies.len(),
         mesh.policies_by_namespace.len(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hbone::Authority;
 
 use super::service::Service;
-use super::snapshot::Mesh;
+use super::snapshot::{Address, Mesh};
 use super::workload::{
     GatewayAddress, GatewayDestination, NamespacedHostname, NetworkAddress, Ports, TunnelProtocol,
     Workload,
@@ -158,12 +158,13 @@ impl Mesh {
     /// Whether the local workload is a waypoint of what is at `ip`, so that it may be asked for it.
     fn fronts(&self, local: &Workload, ip: IpAddr, local_ip: IpAddr) -> bool {
         let network = &*local.network;
-        if let Some(workload) = self.workload_by_ip(network, &ip) {
-            let waypoint = workload.waypoint.as_ref();
-            return waypoint.is_some_and(|waypoint| self.is_at(local, local_ip, waypoint));
-        }
-        let Some(service) = self.service_by_vip(network, &ip, None) else {
-            return false;
+        let service = match self.lookup(network, &ip, None) {
+            Some(Address::Service(service)) => service,
+            Some(Address::Workload(workload)) => {
+                let waypoint = workload.waypoint.as_ref();
+                return waypoint.is_some_and(|waypoint| self.is_at(local, local_ip, waypoint));
+            }
+            None => return false,
         };
         let weighted = service
             .weighted_waypoints

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::balance::{Chooser, Purpose, pick};
 use super::service::{BalanceMode, IpFamilies, Service};
-use super::snapshot::{Mesh, ServiceEntry};
+use super::snapshot::{Address, Mesh, ServiceEntry};
 use super::workload::{GatewayAddress, GatewayDestination, Protocol, Workload};
 use crate::config::HBONE_PORT;
 
@@ -38,6 +38,8 @@ pub struct Route {
     pub workload: Option<Arc<Workload>>,
     /// The service that was meant.
     pub service: Option<Arc<Service>>,
+    /// Whom a second tunnel, inside the one to a gateway, is for: any one of these, on another network.
+    pub beyond: Option<Vec<Identity>>,
 }
 
 /// Why a flow goes nowhere.
@@ -54,9 +56,9 @@ pub enum RouteError {
     #[error("no service for target address: {0}")]
     NoService(SocketAddr),
     #[error(
-        "workload {workload} is on network {network:?}: reaching other networks is not supported by this version"
+        "service {service} names no identities (subject_alt_names), so nobody on network {network:?} can prove to be it"
     )]
-    OtherNetwork { workload: String, network: String },
+    NobodyExpected { service: String, network: String },
 }
 
 impl RouteError {
@@ -107,16 +109,15 @@ pub fn decide(
     chooser: Chooser<'_>,
 ) -> Result<Route, RouteError> {
     let (network, namespace) = (&*source.network, Some(&*source.namespace));
-    let addressed = match mesh.workload_by_ip(network, &target.ip()) {
-        Some(_) => None,
-        None => mesh.service_by_vip(network, &target.ip(), namespace),
-    };
+    let found = mesh.lookup(network, &target.ip(), namespace);
+    let addressed = found.and_then(Address::service);
     if let Some(service) = addressed
         && let Some(waypoint) = service_waypoint(service, chooser)
     {
         return to_waypoint(mesh, source, waypoint, target, Some(service), chooser);
     }
-    let Some(upstream) = find(mesh, source, target, chooser) else {
+    let upstream = found.and_then(|found| find(mesh, source, found, target, chooser));
+    let Some(upstream) = upstream else {
         return match addressed {
             Some(service) if !is_passthrough(service) => Err(RouteError::NoHealthyUpstream(target)),
             _ => Ok(Route {
@@ -126,14 +127,12 @@ pub fn decide(
                 expected: Vec::new(),
                 workload: None,
                 service: None,
+                beyond: None,
             }),
         };
     };
     if upstream.workload.network != source.network {
-        return match addressed {
-            Some(_) => Err(across(mesh, source, upstream.workload, target, chooser)),
-            None => Err(RouteError::NoService(target)),
-        };
+        return to_gateway(mesh, source, &upstream, addressed, target, chooser);
     }
     if addressed.is_none()
         && let Some(waypoint) = &upstream.workload.waypoint
@@ -154,6 +153,7 @@ pub fn decide(
             expected: upstream.expected(),
             workload,
             service,
+            beyond: None,
         },
         Protocol::Tcp => Route {
             kind: RouteKind::Tcp,
@@ -162,6 +162,7 @@ pub fn decide(
             expected: Vec::new(),
             workload,
             service,
+            beyond: None,
         },
     })
 }
@@ -196,7 +197,7 @@ fn to_waypoint(
 ) -> Result<Route, RouteError> {
     let upstream = resolve(mesh, source, waypoint, Role::Waypoint, target, chooser)?;
     if upstream.workload.network != source.network {
-        return Err(across(mesh, source, upstream.workload, target, chooser));
+        return to_gateway(mesh, source, &upstream, service, target, chooser);
     }
     let ip = upstream
         .ip
@@ -208,27 +209,48 @@ fn to_waypoint(
         expected: upstream.expected(),
         workload: Some(upstream.workload.clone()),
         service: service.cloned(),
+        beyond: None,
     })
 }
 
-/// Why what was chosen for a flow cannot be reached from the source's network.
-fn across(
+/// Towards what was chosen on another network, through that network's gateway: a tunnel in a tunnel, both of which ask
+/// for the service by name, since addresses mean nothing over there.
+fn to_gateway(
     mesh: &Mesh,
     source: &Workload,
-    workload: &Workload,
+    chosen: &Upstream<'_>,
+    service: Option<&Arc<Service>>,
     target: SocketAddr,
     chooser: Chooser<'_>,
-) -> RouteError {
-    let Some(gateway) = &workload.network_gateway else {
-        return RouteError::no_destination(workload);
-    };
-    if let Err(error) = resolve(mesh, source, gateway, Role::Gateway, target, chooser) {
-        return error;
+) -> Result<Route, RouteError> {
+    let service = service.ok_or(RouteError::NoService(target))?;
+    let gateway = chosen.workload.network_gateway.as_ref();
+    let gateway = gateway.ok_or_else(|| RouteError::no_destination(chosen.workload))?;
+    let named = chosen.service.map(|service| &service.subject_alt_names);
+    let beyond: Vec<Identity> = named
+        .into_iter()
+        .flatten()
+        .filter_map(|name| name.parse().ok())
+        .collect();
+    if beyond.is_empty() {
+        return Err(RouteError::NobodyExpected {
+            service: chosen.service.unwrap_or(service).hostname.to_string(),
+            network: chosen.workload.network.to_string(),
+        });
     }
-    RouteError::OtherNetwork {
-        workload: workload.name.to_string(),
-        network: workload.network.to_string(),
-    }
+    let upstream = resolve(mesh, source, gateway, Role::Gateway, target, chooser)?;
+    let ip = upstream
+        .ip
+        .ok_or_else(|| RouteError::no_destination(upstream.workload))?;
+    Ok(Route {
+        kind: RouteKind::Hbone,
+        connect: SocketAddr::new(ip, upstream.port),
+        authority: Some(format!("{}:{}", service.hostname, target.port())),
+        expected: upstream.expected(),
+        workload: Some(upstream.workload.clone()),
+        service: Some(service.clone()),
+        beyond: Some(beyond),
+    })
 }
 
 fn is_passthrough(service: &Service) -> bool {
@@ -238,36 +260,28 @@ fn is_passthrough(service: &Service) -> bool {
         .is_some_and(|balancer| balancer.mode == BalanceMode::Passthrough)
 }
 
-/// Who takes a flow to `target`: an endpoint of the service there, or the workload there.
+/// Who takes a flow to what is at `target`: an endpoint of the service, or the workload itself.
 fn find<'a>(
     mesh: &'a Mesh,
     source: &Workload,
+    found: Address<'a>,
     target: SocketAddr,
     chooser: Chooser<'_>,
 ) -> Option<Upstream<'a>> {
-    let network = &*source.network;
-    if let Some(service) = mesh.service_by_vip(network, &target.ip(), Some(&source.namespace)) {
-        if is_passthrough(service) {
-            return None;
+    match found {
+        Address::Service(service) if is_passthrough(service) => None,
+        Address::Service(service) => {
+            let entry = mesh.service_entry(&service.key())?;
+            let (port, ip) = (target.port(), target.ip());
+            balanced(mesh, entry, source, port, ip, Purpose::Serve, chooser)
         }
-        let entry = mesh.service_entry(&service.key())?;
-        return balanced(
-            mesh,
-            entry,
-            source,
-            target.port(),
-            target.ip(),
-            Purpose::Serve,
-            chooser,
-        );
+        Address::Workload(workload) => Some(Upstream {
+            workload,
+            port: target.port(),
+            ip: Some(target.ip()),
+            service: None,
+        }),
     }
-    let workload = mesh.workload_by_ip(network, &target.ip())?;
-    Some(Upstream {
-        workload,
-        port: target.port(),
-        ip: Some(target.ip()),
-        service: None,
-    })
 }
 
 fn balanced<'a>(
@@ -354,22 +368,17 @@ fn resolve<'a>(
         Role::Waypoint => Purpose::Waypoint,
         Role::Gateway => Purpose::Serve,
     };
-    let (service, workload, original) = match &reference.destination {
-        GatewayDestination::Address(address) => (
-            mesh.service_by_vip(&address.network, &address.address, None),
-            mesh.workload_by_ip(&address.network, &address.address),
-            address.address,
-        ),
-        GatewayDestination::Hostname(name) => (
-            mesh.service(name),
-            mesh.workload_by_hostname(name),
-            target.ip(),
-        ),
+    let original = match &reference.destination {
+        GatewayDestination::Address(address) => address.address,
+        GatewayDestination::Hostname(_) => target.ip(),
     };
+    let found = referred(mesh, reference);
+    let service = found.and_then(Address::service);
     if let Some(entry) = service.and_then(|service| mesh.service_entry(&service.key())) {
         return balanced(mesh, entry, source, port, original, purpose, chooser)
             .ok_or_else(|| role.unknown(reference, "has no healthy endpoint"));
     }
+    let workload = found.and_then(Address::workload);
     let workload = workload.ok_or_else(|| role.unknown(reference, "not found"))?;
     let fitting = workload.addresses.iter().find(|ip| **ip == original);
     let same_family = || {
@@ -395,19 +404,30 @@ fn is_waypoint(mesh: &Mesh, source: &Workload, waypoint: &GatewayAddress, client
     let is_source = |workload: &Workload| {
         workload.identity == source.identity && workload.addresses.contains(&client)
     };
-    let (service, workload) = match &waypoint.destination {
-        GatewayDestination::Address(address) => (
-            mesh.service_by_vip(&address.network, &address.address, None),
-            mesh.workload_by_ip(&address.network, &address.address),
-        ),
-        GatewayDestination::Hostname(name) => (mesh.service(name), mesh.workload_by_hostname(name)),
-    };
-    match service.and_then(|service| mesh.service_entry(&service.key())) {
-        Some(entry) => {
+    match referred(mesh, waypoint) {
+        Some(Address::Service(service)) => {
             let owner = mesh.workload_by_ip(&source.network, &client);
-            owner.is_some_and(|owner| is_source(owner) && entry.endpoints.get(&owner.uid).is_some())
+            let entry = mesh.service_entry(&service.key());
+            let serves = |owner: &Workload| {
+                entry.is_some_and(|entry| entry.endpoints.get(&owner.uid).is_some())
+            };
+            owner.is_some_and(|owner| is_source(owner) && serves(owner))
         }
-        None => workload.is_some_and(|workload| is_source(workload)),
+        Some(Address::Workload(workload)) => is_source(workload),
+        None => false,
+    }
+}
+
+/// What a reference names.
+fn referred<'a>(mesh: &'a Mesh, reference: &GatewayAddress) -> Option<Address<'a>> {
+    match &reference.destination {
+        GatewayDestination::Address(address) => {
+            mesh.lookup(&address.network, &address.address, None)
+        }
+        GatewayDestination::Hostname(name) => {
+            let workload = || mesh.workload_by_hostname(name).map(Address::Workload);
+            mesh.service(name).map(Address::Service).or_else(workload)
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::mesh::service::{HealthPolicy, LoadBalancer, Visibility, WeightedWaypoint};
+use crate::mesh::service::{CidrAddress, HealthPolicy, LoadBalancer, Visibility, WeightedWaypoint};
 use crate::mesh::store::AddressResource as Resource;
 use crate::mesh::testing::{mesh, pod, service, serving};
 use crate::mesh::workload::{
@@ -7,6 +7,7 @@ use crate::mesh::workload::{
 };
 
 const POD: &str = "10.0.0.9:8080";
+const REMOTE: &str = "spiffe://cluster.local/ns/b/sa/remote";
 const VIP: &str = "10.96.0.1:80";
 
 fn waypoint_at(ip: &str) -> Option<Box<GatewayAddress>> {
@@ -89,12 +90,17 @@ impl World {
                     .service
                     .map(|service| service.name.to_string())
                     .unwrap_or_default();
+                let beyond = route.beyond.map(|beyond| {
+                    let names: Vec<_> = beyond.iter().map(|id| id.service_account()).collect();
+                    format!(" beyond [{}]", names.join(","))
+                });
                 format!(
-                    "{:?} {} {} [{}] {service}",
+                    "{:?} {} {} [{}] {service}{}",
                     route.kind,
                     route.connect,
                     route.authority.unwrap_or_default(),
-                    expected.join(",")
+                    expected.join(","),
+                    beyond.unwrap_or_default()
                 )
             }
         }
@@ -301,8 +307,9 @@ fn an_application_tunnel_stands_in_for_a_missing_port_of_a_waypoint() {
 }
 
 #[test]
-fn other_networks_are_refused_clearly() {
-    const UNSUPPORTED: &str = "workload web is on network \"far\": reaching other networks is not supported by this version";
+fn other_networks_are_reached_through_their_gateways() {
+    const THROUGH: &str =
+        "Hbone 10.0.0.20:15008 web.b.svc.cluster.local:80 [waypoint] web beyond [remote]";
     // An application tunnel stands in for a missing port of a waypoint, but not of a gateway.
     let unserved = service("b", "gw", "10.96.0.20");
     let tunnel = Some(ApplicationTunnel {
@@ -317,8 +324,8 @@ fn other_networks_are_refused_clearly() {
             None,
             "no valid routing destination for workload: Workload{web with uid Kubernetes//Pod/b/web (HBONE)}",
         ),
-        (waypoint_at("10.0.0.20"), UNSUPPORTED),
-        (waypoint_named("wp.example"), UNSUPPORTED),
+        (waypoint_at("10.0.0.20"), THROUGH),
+        (waypoint_named("wp.example"), THROUGH),
         (
             waypoint_at("10.0.0.99"),
             "unknown network gateway: network gateway /10.0.0.99 not found",
@@ -341,10 +348,12 @@ fn other_networks_are_refused_clearly() {
         world.waypoint.hostname = "wp.example".into();
         world.web.network = "far".into();
         world.web.network_gateway = gateway.clone();
+        world.service.subject_alt_names = vec![REMOTE.into(), "no identity".into()];
         assert_eq!(world.told(VIP), expected, "endpoint, {gateway:?}");
 
         // The same when the far workload is a waypoint, behind a service of its own.
-        let front = service("b", "front", "10.96.0.40");
+        let mut front = service("b", "front", "10.96.0.40");
+        front.subject_alt_names = vec![REMOTE.into()];
         let mut far = serving(pod("b", "web", "10.9.0.9"), &front);
         (far.network, far.network_gateway) = ("far".into(), gateway.clone());
         far.application_tunnel = tunnel;
@@ -363,20 +372,40 @@ fn other_networks_are_refused_clearly() {
 }
 
 #[test]
-fn an_address_that_is_a_workload_and_a_service_is_balanced_but_counts_as_the_workload() {
+fn nobody_is_reached_on_another_network_who_cannot_be_told_from_others() {
     let mut world = World::new();
-    world.waypoint.addresses = vec!["10.96.0.1".parse().unwrap()].into();
-    world.service.waypoint = waypoint_at("10.0.0.99");
-    assert_eq!(
-        world.told(VIP),
-        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
-    );
     world.web.network = "far".into();
     world.web.network_gateway = waypoint_at("10.0.0.20");
     assert_eq!(
         world.told(VIP),
-        "no service for target address: 10.96.0.1:80"
+        "service web.b.svc.cluster.local names no identities (subject_alt_names), so nobody on network \"far\" can prove to be it"
     );
+}
+
+#[test]
+fn an_address_of_a_workload_and_a_service_means_one_of_them_throughout() {
+    // The service's own address is the service, with its balancing and its waypoint.
+    let mut world = World::new();
+    world.client.addresses = vec!["10.96.0.1".parse().unwrap()].into();
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] web"
+    );
+    world.service.waypoint = waypoint_at("10.0.0.20");
+    assert_eq!(
+        world.told(VIP),
+        "Hbone 10.0.0.20:15008 10.96.0.1:80 [waypoint] web"
+    );
+    // A workload within a service's range is itself.
+    let mut world = World::new();
+    world.service.vips.clear();
+    world.service.cidr_vips = vec![CidrAddress {
+        network: "".into(),
+        cidr: "10.0.0.0/8".parse().unwrap(),
+    }];
+    world.service.waypoint = waypoint_at("10.0.0.99");
+    assert_eq!(world.told(POD), "Hbone 10.0.0.9:15008 10.0.0.9:8080 [web] ");
+    assert!(world.told(VIP).contains("unknown waypoint"));
 }
 
 #[test]

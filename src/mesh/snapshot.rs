@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use super::endpoints::Endpoints;
 use super::few::Few;
 use super::service::{CidrAddress, Endpoint, Service, Visibility};
@@ -14,6 +16,31 @@ use crate::policy::Policy;
 pub struct ServiceEntry {
     pub service: Arc<Service>,
     pub endpoints: Endpoints,
+}
+
+/// What is behind an address.
+#[derive(Clone, Copy, Debug)]
+pub enum Address<'a> {
+    Service(&'a Arc<Service>),
+    Workload(&'a Arc<Workload>),
+}
+
+impl<'a> Address<'a> {
+    /// The service, if it is one.
+    pub fn service(self) -> Option<&'a Arc<Service>> {
+        match self {
+            Self::Service(service) => Some(service),
+            Self::Workload(_) => None,
+        }
+    }
+
+    /// The workload, if it is one.
+    pub fn workload(self) -> Option<&'a Arc<Workload>> {
+        match self {
+            Self::Workload(workload) => Some(workload),
+            Self::Service(_) => None,
+        }
+    }
 }
 
 /// Namespace and service account.
@@ -31,7 +58,10 @@ pub struct Mesh {
     pub(super) services: imbl::HashMap<NamespacedHostname, ServiceEntry>,
     pub(super) by_vip: imbl::HashMap<IpAddr, Few<NamespacedHostname>>,
     pub(super) by_hostname: imbl::HashMap<Arc<str>, Few<NamespacedHostname>>,
-    pub(super) cidrs: imbl::Vector<(CidrAddress, NamespacedHostname)>,
+    /// The services of each range, in the order they came.
+    pub(super) by_range: imbl::HashMap<IpNet, Few<NamespacedHostname>>,
+    /// How many ranges there are of each family (IPv6 or not) and prefix length.
+    pub(super) range_lengths: imbl::OrdMap<(bool, u8), usize>,
     /// Endpoints whose service has not arrived.
     pub(super) staged: imbl::HashMap<NamespacedHostname, Endpoints>,
     pub(super) policies: imbl::HashMap<Arc<str>, Arc<Policy>>,
@@ -98,8 +128,29 @@ impl Mesh {
         self.services.get(key).map(|entry| &entry.service)
     }
 
+    /// What an address means to a client of a namespace: a service's own address first, then a workload's, then a
+    /// service's range.
+    pub fn lookup(&self, network: &str, ip: &IpAddr, client: Option<&str>) -> Option<Address<'_>> {
+        let service = self.service_at(network, ip, client).map(Address::Service);
+        let workload = || self.workload_by_ip(network, ip).map(Address::Workload);
+        let range = || self.service_around(network, ip, client);
+        service
+            .or_else(workload)
+            .or_else(|| range().map(Address::Service))
+    }
+
     /// The service of a virtual address as a client of a namespace sees it: exact addresses first, then ranges.
     pub fn service_by_vip(
+        &self,
+        network: &str,
+        ip: &IpAddr,
+        client: Option<&str>,
+    ) -> Option<&Arc<Service>> {
+        self.service_at(network, ip, client)
+            .or_else(|| self.service_around(network, ip, client))
+    }
+
+    fn service_at(
         &self,
         network: &str,
         ip: &IpAddr,
@@ -118,25 +169,39 @@ impl Mesh {
             .flatten()
             .filter_map(|key| self.service(key))
             .filter(on_network);
-        if let Some(service) = best(exact, client, None) {
-            return Some(service);
+        best(exact, client, None)
+    }
+
+    /// The service that has the address in a range, in as many steps as there are prefix lengths.
+    fn service_around(
+        &self,
+        network: &str,
+        ip: &IpAddr,
+        client: Option<&str>,
+    ) -> Option<&Arc<Service>> {
+        let mut best: Option<(_, &Arc<Service>)> = None;
+        let lengths = self.range_lengths.keys().map(|(v6, length)| (*v6, *length));
+        for (_, length) in lengths.filter(|(v6, _)| *v6 == ip.is_ipv6()) {
+            let Ok(range) = IpNet::new(*ip, length).map(|range| range.trunc()) else {
+                continue;
+            };
+            let on_network =
+                |known: &CidrAddress| known.cidr == range && &*known.network == network;
+            for key in self.by_range.get(&range).into_iter().flatten() {
+                let Some(service) = self.service(key) else {
+                    continue;
+                };
+                let own = client == Some(&*service.namespace);
+                let rank = (own, length, service.canonical);
+                if service.cidr_vips.iter().any(on_network)
+                    && is_visible(service, client)
+                    && best.is_none_or(|(known, _)| rank > known)
+                {
+                    best = Some((rank, service));
+                }
+            }
         }
-        let rank = |(range, service): &(&CidrAddress, &Arc<Service>)| {
-            (
-                client == Some(&*service.namespace),
-                range.cidr.prefix_len(),
-                service.canonical,
-            )
-        };
-        // The last of the best is taken: from behind, that is the oldest.
-        self.cidrs
-            .iter()
-            .rev()
-            .filter(|(range, _)| &*range.network == network && range.cidr.contains(ip))
-            .filter_map(|(range, key)| Some((range, self.service(key)?)))
-            .filter(|(_, service)| is_visible(service, client))
-            .max_by_key(rank)
-            .map(|(_, service)| service)
+        best.map(|(_, service)| service)
     }
 
     /// The service of a hostname as a client of a namespace sees it; `preferred` breaks ties after canonical services.

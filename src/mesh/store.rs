@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use hbone::Identity;
+use ipnet::IpNet;
 
 use super::endpoints::Endpoints;
 use super::few::Few;
@@ -275,8 +276,13 @@ impl Store {
         for vip in distinct(service.vips.iter().map(|vip| vip.address)) {
             self.mesh.by_vip.entry(vip).or_default().push(key.clone());
         }
-        for range in &service.cidr_vips {
-            self.mesh.cidrs.push_back((range.clone(), key.clone()));
+        for range in ranges(&service) {
+            let owners = self.mesh.by_range.entry(range).or_default();
+            if owners.is_empty() {
+                let length = (range.addr().is_ipv6(), range.prefix_len());
+                *self.mesh.range_lengths.entry(length).or_default() += 1;
+            }
+            owners.push(key.clone());
         }
         self.mesh
             .by_hostname
@@ -304,8 +310,17 @@ impl Store {
         for vip in distinct(entry.service.vips.iter().map(|vip| vip.address)) {
             remove_key(&mut self.mesh.by_vip, &vip, key);
         }
-        if !entry.service.cidr_vips.is_empty() {
-            self.mesh.cidrs.retain(|(_, owner)| owner != key);
+        for range in ranges(&entry.service) {
+            remove_key(&mut self.mesh.by_range, &range, key);
+            if !self.mesh.by_range.contains_key(&range) {
+                let length = (range.addr().is_ipv6(), range.prefix_len());
+                if let Some(count) = self.mesh.range_lengths.get_mut(&length) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.mesh.range_lengths.remove(&length);
+                    }
+                }
+            }
         }
         remove_key(&mut self.mesh.by_hostname, &entry.service.hostname, key);
         entry.endpoints
@@ -337,6 +352,14 @@ fn local_key(workload: &Workload) -> LocalKey {
         workload.namespace.clone(),
         workload.identity.service_account().into(),
     )
+}
+
+/// The ranges of a service, each once.
+fn ranges(service: &Service) -> Vec<IpNet> {
+    let mut ranges: Vec<_> = service.cidr_vips.iter().map(|range| range.cidr).collect();
+    ranges.sort();
+    ranges.dedup();
+    ranges
 }
 
 fn distinct(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {

@@ -158,6 +158,59 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// A workload of which nothing is known but who it is.
+    pub fn of(identity: Identity) -> Self {
+        let nothing: Arc<str> = "".into();
+        Self {
+            uid: nothing.clone(),
+            name: nothing.clone(),
+            namespace: identity.namespace().into(),
+            identity,
+            addresses: Few::None,
+            network: nothing.clone(),
+            hostname: nothing.clone(),
+            node: nothing.clone(),
+            cluster_id: nothing.clone(),
+            protocol: Protocol::Hbone,
+            network_mode: NetworkMode::Standard,
+            status: HealthStatus::Healthy,
+            workload_type: WorkloadType::Pod,
+            workload_name: nothing.clone(),
+            canonical_name: nothing.clone(),
+            canonical_revision: nothing,
+            locality: Arc::default(),
+            waypoint: None,
+            network_gateway: None,
+            application_tunnel: None,
+            native_tunnel: false,
+            authorization_policies: Vec::new(),
+            services: SmallMap::default(),
+            capacity: 1,
+        }
+    }
+
+    /// A workload as a peer tells of it that proved to be `identity`; for telemetry.
+    pub fn as_told(identity: Identity, told: Baggage) -> Self {
+        let text = |value: Option<String>| Arc::from(value.unwrap_or_default());
+        let workload_name: Arc<str> = text(told.workload_name);
+        Self {
+            name: workload_name.clone(),
+            workload_name,
+            namespace: told
+                .namespace
+                .map_or_else(|| identity.namespace().into(), Arc::from),
+            cluster_id: text(told.cluster),
+            canonical_name: text(told.service_name),
+            canonical_revision: text(told.revision),
+            locality: Arc::new(Locality {
+                region: text(told.region),
+                zone: text(told.zone),
+                subzone: "".into(),
+            }),
+            ..Self::of(identity)
+        }
+    }
+
     /// What the workload says of itself in a `baggage` header.
     pub fn baggage(&self) -> Baggage {
         let text = |value: &Arc<str>| (!value.is_empty()).then(|| value.to_string());

@@ -77,7 +77,7 @@ async fn shake_hands(pod: &Pod, socket: TcpStream) -> Result<hbone::ServerTunnel
     let tls = pod.shared.certificates.fetch(&workload.identity).await;
     let tls = tls.map_err(|error| format!("signing error: {error}"))?;
     let (engine, config) = (pod.pool.engine(), pod.pool.config());
-    let tunnel = hbone::accept(engine, socket, tls.server_config(), config).await;
+    let tunnel = hbone::accept(engine, socket, &tls, config).await;
     tunnel.map_err(|error| error.to_string())
 }
 

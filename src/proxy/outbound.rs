@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use hbone::{ConnectHeaders, PoolKey, Stream};
+use hbone::{Baggage, ConnectHeaders, Identity, PoolKey, Stream};
 use tokio::net::TcpStream;
 
 use super::connections::{Admission, Asked, Registration};
@@ -12,6 +12,7 @@ use super::pod::Pod;
 use super::relay::relay;
 use super::{Accepted, Refusal, socks5};
 use crate::mesh::route::{self, Route, RouteKind};
+use crate::mesh::snapshot::Address;
 use crate::mesh::{Service, Workload};
 use crate::node::sockets;
 use crate::telemetry::{Direction, Flow, FlowError};
@@ -153,14 +154,12 @@ fn choose(
     target: SocketAddr,
 ) -> Result<Route, (FlowError, Option<Arc<Service>>)> {
     let mesh = pod.shared.mesh.load();
-    let (network, ip) = (&*source.network, target.ip());
-    let service = || mesh.service_by_vip(network, &ip, Some(&source.namespace));
-    let workload = || mesh.workload_by_ip(network, &ip);
+    let found = mesh.lookup(&source.network, &target.ip(), Some(&source.namespace));
     let refused = |text, flag| {
-        let meant = workload().is_none().then(service).flatten();
+        let meant = found.and_then(Address::service);
         (FlowError { text, flag }, meant.cloned())
     };
-    let known = || workload().is_some() || service().is_some();
+    let known = || found.is_some();
     if let Err(refusal) = pod.shared.config.egress.judge(target, known) {
         let text = format!("connection closed due to policy rejection: {refusal}");
         return Err(refused(text, "DENY"));
@@ -245,7 +244,9 @@ async fn tunnel(
     let authority = route.authority.unwrap_or_default();
     flow.mtls(Some(source.identity.clone()));
     flow.hbone_addr(authority.clone());
-    flow.open();
+    if route.beyond.is_none() {
+        flow.open();
+    }
     let host = route.service.as_ref().map(|service| &*service.hostname);
     let headers = ConnectHeaders {
         authority,
@@ -264,8 +265,43 @@ async fn tunnel(
         let (certificates, identity) = (pod.shared.certificates.clone(), source.identity.clone());
         async move { certificates.fetch(&identity).await.map_err(Into::into) }
     };
-    let tunnelled = pod.pool.open(&key, tls, &headers).await?;
-    Ok(tunnelled.stream)
+    let Some(beyond) = route.beyond else {
+        return Ok(pod.pool.open(&key, tls, &headers).await?.stream);
+    };
+    let opened = Box::pin(open_beyond(pod, &key, &beyond, headers)).await;
+    // Who serves the flow is only known now.
+    if let Ok((_, Some(workload))) = &opened {
+        flow.destination(workload.clone());
+    }
+    flow.open();
+    Ok(opened?.0)
+}
+
+/// Opens a stream to another network, in a tunnel through the stream to its gateway; tells who serves it there.
+async fn open_beyond(
+    pod: &Pod,
+    gateway: &PoolKey,
+    beyond: &[Identity],
+    mut headers: ConnectHeaders,
+) -> Result<(Stream, Option<Arc<Workload>>), hbone::OpenError> {
+    let certificates = &pod.shared.certificates;
+    let tls = || {
+        let (certificates, identity) = (certificates.clone(), gateway.src.clone());
+        async move { certificates.fetch(&identity).await.map_err(Into::into) }
+    };
+    let outer = pod.pool.open(gateway, tls, &headers).await?;
+    let own = certificates.fetch(&gateway.src).await;
+    let own = own.map_err(|error| hbone::OpenError::Identity(Rc::new(error)))?;
+    headers.forwarded_network = Some(pod.shared.config.network.clone());
+    let inner = pod
+        .pool
+        .open_through(outer.stream, own, beyond, &headers)
+        .await?;
+    let baggage = inner.baggage.as_deref().map(Baggage::parse);
+    let workload = inner
+        .peer
+        .map(|peer| Arc::new(Workload::as_told(peer, baggage.unwrap_or_default())));
+    Ok((inner.stream, workload))
 }
 
 /// A `forwarded` header (RFC 7239).

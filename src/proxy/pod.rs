@@ -20,7 +20,7 @@ use crate::telemetry::Telemetry;
 
 use super::connections::Connections;
 use super::drain::Drain;
-use hbone::{Dialer, Engine, Http2Config, LocalBoxFuture, Pool};
+use hbone::{Dialer, Engine, Http2Config, Identity, LocalBoxFuture, Pool, TlsIdentity};
 use tokio::net::TcpStream;
 
 /// How long a flow waits for the record of its own workload.
@@ -86,11 +86,15 @@ impl Choose for &Pod {
 }
 
 /// Dials tunnels from inside the pod.
-struct PodDialer(Connector);
+struct PodDialer(Connector, Certificates);
 
 impl Dialer for PodDialer {
     fn dial(&self, destination: SocketAddr) -> LocalBoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(self.0.connect(destination, Toward::Elsewhere))
+    }
+
+    fn certificate(&self, source: &Identity) -> Option<Arc<TlsIdentity>> {
+        self.1.cached(source)
     }
 }
 
@@ -108,7 +112,7 @@ impl Pod {
             ..Http2Config::default()
         };
         let connector = Connector::new(spec.netns.clone(), config.clone());
-        let dialer = PodDialer(connector.clone());
+        let dialer = PodDialer(connector.clone(), shared.certificates.clone());
         let seed = std::hash::RandomState::new().build_hasher().finish();
         Self {
             pool: Pool::new(engine, Rc::new(http2), Rc::new(dialer)),

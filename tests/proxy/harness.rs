@@ -197,6 +197,11 @@ impl Proxy {
         std::fs::rename(scratch, self.folder.join("state.yaml")).unwrap();
     }
 
+    /// What belongs to the test alone.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Runs a shell command in the pod's namespace.
     pub fn shell(&self, text: &str) {
         let mut command = Command::new("sh");

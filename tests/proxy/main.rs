@@ -4,6 +4,7 @@ mod harness;
 mod hostile;
 mod life;
 mod modes;
+mod networks;
 mod outbound;
 mod soak;
 mod tunnel;

@@ -100,9 +100,9 @@ impl World {
         spawn_local(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let _ = socket.set_nodelay(true);
-                let (config, engine) = (server.server_config(), serving.clone());
+                let (identity, engine) = (server.clone(), serving.clone());
                 spawn_local(async move {
-                    let mut tunnel = accept(&engine, socket, config, &Http2Config::default())
+                    let mut tunnel = accept(&engine, socket, &identity, &Http2Config::default())
                         .await
                         .unwrap();
                     while let Some(incoming) = tunnel.next().await {

@@ -26,7 +26,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use slab::Slab;
 use tokio::net::TcpStream;
@@ -346,11 +346,15 @@ impl TunnelHandle {
         }
     }
 
-    /// Pings until an answer fails to come or the tunnel has ended.
-    pub async fn watch(self, interval: Duration, limit: Duration) {
+    /// Pings until an answer fails to come, a certificate has expired, or the tunnel has ended.
+    pub async fn watch(self, interval: Duration, limit: Duration, expires: SystemTime) {
         loop {
+            let left = expires.duration_since(SystemTime::now());
+            let Some(left) = left.ok().filter(|left| !left.is_zero()) else {
+                return self.stop(Failure::Expired);
+            };
             let over = self.shared.over.notified();
-            if self.shared.is_over() || timeout(interval, over).await.is_ok() {
+            if self.shared.is_over() || timeout(interval.min(left), over).await.is_ok() {
                 return;
             }
             let pong = self.shared.pong.notified();

@@ -48,6 +48,8 @@ pub enum Failure {
     Stopped,
     #[error("peer certificate revoked by CRL")]
     Revoked,
+    #[error("a certificate that it was made with has expired")]
+    Expired,
 }
 
 impl Failure {
@@ -56,7 +58,9 @@ impl Failure {
         match self {
             Self::Closed | Self::Stopped => true,
             Self::Io(error) => is_abrupt_close(error),
-            Self::Records(_) | Self::Protocol(_) | Self::Silent | Self::Revoked => false,
+            Self::Records(_) | Self::Protocol(_) | Self::Silent | Self::Revoked | Self::Expired => {
+                false
+            }
         }
     }
 }
@@ -640,7 +644,7 @@ impl Tunnel {
                     self.http.go_away(fault.reason);
                     self.flush(scratch).is_ok()
                 }
-                Failure::Silent | Failure::Stopped | Failure::Revoked => {
+                Failure::Silent | Failure::Stopped | Failure::Revoked | Failure::Expired => {
                     self.http.go_away(Reason::NO_ERROR);
                     self.flush(scratch).is_ok()
                 }
