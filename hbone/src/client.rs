@@ -169,7 +169,7 @@ impl Tunnel {
             .and_then(|status| StatusCode::from_u16(status).ok());
         match status {
             Some(StatusCode::OK) => {}
-            Some(status) => return Err(Some(OpenError::Status(status))),
+            Some(status) => return Err(Some(OpenError::Status(status, answer.reason))),
             None => {
                 return Err(Some(OpenError::Http2(
                     "an answer without a status".to_string(),

@@ -24,8 +24,9 @@ pub enum OpenError {
     Http2(String),
     #[error("h2 failed: {0}")]
     H2(String),
+    /// Refused, with the code of a reason if the peer gives one.
     #[error("http status: {0}")]
-    Status(StatusCode),
+    Status(StatusCode, Option<Box<str>>),
     #[error("io error: the peer did not answer the CONNECT within {0:?}")]
     AnswerTimeout(Duration),
     #[error("io error: {0}")]
@@ -40,18 +41,6 @@ pub enum OpenError {
 pub struct Revoked;
 
 impl OpenError {
-    /// The response flag for metrics.
-    pub fn flag(&self) -> &'static str {
-        match self {
-            Self::ConnectTimeout(_) => "NETWORK_POLICY",
-            Self::Tls(_) => "TLS_FAILURE",
-            Self::Identity(_) => "IDENTITY_ERROR",
-            Self::Revoked(_) => "CERT_REVOKED",
-            Self::Http2(_) | Self::H2(_) => "H2_HANDSHAKE_FAILURE",
-            Self::Io(_) | Self::Status(_) | Self::AnswerTimeout(_) | Self::Draining => "CONNECT",
-        }
-    }
-
     /// Whether it says something of the peer alone, so that another may be tried; the peer has taken no byte.
     pub fn is_of_the_endpoint(&self) -> bool {
         match self {
@@ -60,7 +49,7 @@ impl OpenError {
             | Self::Http2(_)
             | Self::H2(_)
             | Self::Revoked(_) => true,
-            Self::Status(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
+            Self::Status(status, _) => *status == StatusCode::SERVICE_UNAVAILABLE,
             Self::Tls(_) | Self::Identity(_) | Self::AnswerTimeout(_) | Self::Draining => false,
         }
     }

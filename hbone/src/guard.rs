@@ -49,7 +49,9 @@ impl Guard {
     /// Watches a tunnel from now on.
     pub fn watch(self, handle: &TunnelHandle, config: &Http2Config) {
         let (interval, limit) = (config.ping_interval, config.ping_timeout);
-        let watch = handle.clone().watch(interval, limit, self.expires);
+        let watch = handle
+            .clone()
+            .watch(self.role, interval, limit, self.expires);
         tokio::task::spawn_local(watch);
         if let Some((revocations, chain)) = self.revocations {
             tokio::task::spawn_local(handle.clone().guard(revocations, chain, self.role));

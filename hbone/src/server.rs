@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::engine::REASON;
 use crate::engine::{Engine, Failure, Fields, Role, StreamHandle, TunnelHandle, handshake};
 use crate::error::{AcceptError, StreamError};
 use crate::guard::Guard;
@@ -147,9 +148,10 @@ impl Incoming {
         self.handle.over().await;
     }
 
-    /// Answers with an error status and nothing else.
-    pub fn refuse(self, status: u16) {
-        self.handle.respond(status, true, |_| {});
+    /// Answers with an error status and the code of a reason, which is no text but a word.
+    pub fn refuse(self, status: u16, reason: &str) {
+        self.handle
+            .respond(status, true, |encoder| encoder.field(REASON, reason));
     }
 }
 

@@ -29,17 +29,6 @@ pub enum CarryError {
     Write(Rc<io::Error>),
 }
 
-impl CarryError {
-    /// The response flag for metrics.
-    pub fn flag(&self) -> &'static str {
-        match self {
-            Self::Revoked => "CERT_REVOKED",
-            Self::Expired => "CERT_EXPIRED",
-            Self::Tunnel(_) | Self::Read(_) | Self::Write(_) => "CONNECT",
-        }
-    }
-}
-
 impl Stream {
     pub(crate) fn new(handle: StreamHandle) -> Self {
         Self(handle)

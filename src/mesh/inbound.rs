@@ -11,6 +11,7 @@ use super::workload::{
     GatewayAddress, GatewayDestination, NamespacedHostname, NetworkAddress, Ports, TunnelProtocol,
     Workload,
 };
+use crate::telemetry::Reason;
 
 /// Where an accepted CONNECT goes; the address is always the workload's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,11 +27,16 @@ pub struct InboundTarget {
 pub struct InboundRefusal {
     /// The HTTP status.
     pub status: u16,
+    pub reason: Reason,
     pub text: String,
 }
 
-fn refuse<T>(status: u16, text: String) -> Result<T, InboundRefusal> {
-    Err(InboundRefusal { status, text })
+fn refuse<T>(status: u16, reason: Reason, text: String) -> Result<T, InboundRefusal> {
+    Err(InboundRefusal {
+        status,
+        reason,
+        text,
+    })
 }
 
 impl Mesh {
@@ -57,7 +63,11 @@ impl Mesh {
                     && local.application_tunnel.is_none()
                     && !self.fronts(local, ip, local_ip)
                 {
-                    return refuse(400, format!("ip mismatch: {local_ip} != {ip}"));
+                    return refuse(
+                        400,
+                        Reason::WrongAddress,
+                        format!("ip mismatch: {local_ip} != {ip}"),
+                    );
                 }
                 (address.port(), None)
             }
@@ -71,7 +81,11 @@ impl Mesh {
             .and_then(|tunnel| tunnel.port)
             .unwrap_or(port);
         if illegal_ports.contains(&port) || illegal_ports.contains(&connect_port) {
-            return refuse(503, "attempted recursive call to ourselves".to_string());
+            return refuse(
+                503,
+                Reason::Loop,
+                "attempted recursive call to ourselves".to_string(),
+            );
         }
         let announced = match (authority, named) {
             _ if !announces => None,
@@ -83,6 +97,7 @@ impl Mesh {
                     None => {
                         return refuse(
                             503,
+                            Reason::NoAddress,
                             format!("requested service {hostname} found, but has no IP addresses"),
                         );
                     }
@@ -109,6 +124,7 @@ impl Mesh {
         let Some(service) = self.best_by_hostname(hostname, Some(&local.namespace), None) else {
             return refuse(
                 503,
+                Reason::UnknownHost,
                 format!("no service or workload for hostname: {hostname}"),
             );
         };
@@ -123,6 +139,7 @@ impl Mesh {
             Some(target) => Ok((service, target)),
             None => refuse(
                 503,
+                Reason::UnknownPort,
                 format!("requested service {hostname}:{port} found, but cannot resolve port"),
             ),
         }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use hbone::{Authority, Incoming, Stream};
+use hbone::{AcceptError, Authority, Incoming, Stream};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -14,15 +14,28 @@ use super::outbound::carry;
 use super::pod::Pod;
 use super::proxy_protocol;
 use super::{Accepted, Refusal};
-use crate::policy::Context;
-use crate::telemetry::{Direction, Flow, FlowError};
+use crate::policy::{Context, Verdict};
+use crate::telemetry::{Direction, Flow, FlowError, Reason};
 
 /// The error of a flow that a policy update no longer allows.
 pub fn policy_change() -> FlowError {
-    FlowError {
-        text: "connection closed due to policy change".to_string(),
-        flag: "DENY",
-    }
+    FlowError::new(
+        Reason::PolicyChanged,
+        "connection closed due to policy change",
+    )
+}
+
+/// The error of a flow that policy does not let in.
+pub fn rejection(verdict: &Verdict) -> Option<FlowError> {
+    let reason = match verdict {
+        Verdict::Unrestricted | Verdict::Allowed(_) => return None,
+        Verdict::Denied(_) => Reason::PolicyDenied,
+        Verdict::NotAllowed => Reason::PolicyNotAllowed,
+        Verdict::Missing(_) | Verdict::NotSynced => Reason::PolicyMissing,
+    };
+    let told = verdict.refusal().unwrap_or_default();
+    let text = format!("connection closed due to policy rejection: {told}");
+    Some(FlowError::new(reason, text))
 }
 
 /// Serves one connection accepted on 15008 until its tunnel has ended.
@@ -71,14 +84,25 @@ pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
     while streams.join_next().await.is_some() {}
 }
 
-/// Makes a tunnel of the connection; the error is a text for the log.
-async fn shake_hands(pod: &Pod, socket: TcpStream) -> Result<hbone::ServerTunnel, String> {
+/// Makes a tunnel of the connection.
+async fn shake_hands(pod: &Pod, socket: TcpStream) -> Result<hbone::ServerTunnel, FlowError> {
     let workload = pod.workload().await?;
     let tls = pod.shared.certificates.fetch(&workload.identity).await;
-    let tls = tls.map_err(|error| format!("signing error: {error}"))?;
+    let tls = tls.map_err(|error| {
+        FlowError::new(Reason::NoCertificate, format!("signing error: {error}"))
+    })?;
     let (engine, config) = (pod.pool.engine(), pod.pool.config());
     let tunnel = hbone::accept(engine, socket, &tls, config).await;
-    tunnel.map_err(|error| error.to_string())
+    tunnel.map_err(|error| {
+        let reason = match error {
+            AcceptError::Revoked(_) => Reason::Revoked,
+            AcceptError::Http2(_) | AcceptError::Http2Timeout(_) => Reason::Http2,
+            AcceptError::Tls(_) | AcceptError::TlsTimeout(_) | AcceptError::NoAlpn => {
+                Reason::Handshake
+            }
+        };
+        FlowError::new(reason, error.to_string())
+    })
 }
 
 pub(super) struct Peer {
@@ -111,18 +135,20 @@ async fn open(
     mut incoming: Incoming,
     flow: &mut Flow,
 ) -> Result<(Stream, TcpStream, Registration), Refusal> {
-    let early = |incoming: Incoming, status, error| {
-        incoming.refuse(status);
+    let early = |incoming: Incoming, status, error: FlowError| {
+        incoming.refuse(status, error.reason.code());
         Refusal::Early(error)
     };
     if incoming.method() != "CONNECT" {
-        let error = format!("expected method CONNECT, got {}", incoming.method());
+        let text = format!("expected method CONNECT, got {}", incoming.method());
+        let error = FlowError::new(Reason::BadRequest, text);
         return Err(early(incoming, 400, error));
     }
     let authority: Authority = match incoming.authority().parse() {
         Ok(authority) => authority,
         Err(_) => {
-            let error = format!("no valid authority pseudo header: {}", incoming.authority());
+            let text = format!("no valid authority pseudo header: {}", incoming.authority());
+            let error = FlowError::new(Reason::BadRequest, text);
             return Err(early(incoming, 400, error));
         }
     };
@@ -140,7 +166,10 @@ async fn open(
         pod.shared.config.illegal_ports(),
     ) {
         Ok(target) => target,
-        Err(refusal) => return Err(early(incoming, refusal.status, refusal.text)),
+        Err(refusal) => {
+            let error = FlowError::new(refusal.reason, refusal.text);
+            return Err(early(incoming, refusal.status, error));
+        }
     };
     let dst = SocketAddr::new(peer.local.ip(), target.connect_port);
     let registration = pod.inbound.register(Admission {
@@ -181,12 +210,9 @@ async fn open(
     };
     let verdict = mesh.verdict(&workload, &context);
     drop(mesh);
-    if let Some(reason) = verdict.refusal() {
-        incoming.refuse(401);
-        return Err(Refusal::Failed(FlowError {
-            text: format!("connection closed due to policy rejection: {reason}"),
-            flag: "DENY",
-        }));
+    if let Some(error) = rejection(&verdict) {
+        incoming.refuse(401, error.reason.code());
+        return Err(Refusal::Failed(error));
     }
     let header = target.announced.map(|destination| {
         proxy_protocol::header(peer.client, destination, peer.identity.as_ref())
@@ -209,20 +235,20 @@ async fn open(
     let application = match connected {
         Ok(application) => application,
         Err(error) => {
-            incoming.refuse(503);
-            return Err(Refusal::Failed(FlowError {
-                text: format!("connection failed: {error}"),
-                flag: "CONNECT",
-            }));
+            incoming.refuse(503, Reason::Unreachable.code());
+            return Err(Refusal::Failed(FlowError::new(
+                Reason::Unreachable,
+                format!("connection failed: {error}"),
+            )));
         }
     };
     let responds = pod.shared.config.response_baggage;
     let baggage = responds.then(|| pod.baggage(&workload));
     match incoming.accept(baggage.as_deref()) {
         Ok(stream) => Ok((stream, application, registration)),
-        Err(error) => Err(Refusal::Failed(FlowError {
-            text: format!("h2 failed: {error}"),
-            flag: "H2_HANDSHAKE_FAILURE",
-        })),
+        Err(error) => Err(Refusal::Failed(FlowError::new(
+            Reason::Http2,
+            format!("h2 failed: {error}"),
+        ))),
     }
 }

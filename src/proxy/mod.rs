@@ -25,7 +25,7 @@ struct Accepted {
 /// Why a flow came to nothing.
 enum Refusal {
     /// Before enough was known of it to count it as opened.
-    Early(String),
+    Early(crate::telemetry::FlowError),
     Failed(crate::telemetry::FlowError),
 }
 

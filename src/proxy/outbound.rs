@@ -11,11 +11,12 @@ use super::connections::{Admission, Asked, Registration};
 use super::pod::Pod;
 use super::relay::relay;
 use super::{Accepted, Refusal, socks5};
-use crate::mesh::route::{self, Route, RouteKind};
+use crate::mesh::route::{self, Route, RouteError, RouteKind};
 use crate::mesh::snapshot::Address;
 use crate::mesh::{Service, Workload};
 use crate::node::sockets;
-use crate::telemetry::{Direction, Flow, FlowError};
+use crate::policy::egress;
+use crate::telemetry::{Direction, Flow, FlowError, Reason};
 
 /// How a connection says where it goes.
 #[derive(Clone, Copy)]
@@ -100,7 +101,7 @@ async fn open(
 ) -> Result<Opened, Refusal> {
     if target.ip().is_loopback() && pod.shared.config.illegal_ports().contains(&target.port()) {
         let error = "attempted recursive call to ourselves";
-        return Err(Refusal::Early(error.to_string()));
+        return Err(Refusal::Early(FlowError::new(Reason::Loop, error)));
     }
     let source = pod.workload().await.map_err(Refusal::Early)?;
     flow.source(source.clone());
@@ -155,17 +156,32 @@ fn choose(
 ) -> Result<Route, (FlowError, Option<Arc<Service>>)> {
     let mesh = pod.shared.mesh.load();
     let found = mesh.lookup(&source.network, &target.ip(), Some(&source.namespace));
-    let refused = |text, flag| {
+    let refused = |reason, text| {
         let meant = found.and_then(Address::service);
-        (FlowError { text, flag }, meant.cloned())
+        (FlowError::new(reason, text), meant.cloned())
     };
     let known = || found.is_some();
     if let Err(refusal) = pod.shared.config.egress.judge(target, known) {
+        let reason = match refusal {
+            egress::Refusal::Denied(..) => Reason::EgressDenied,
+            egress::Refusal::Unknown(_) => Reason::EgressUnknown,
+        };
         let text = format!("connection closed due to policy rejection: {refusal}");
-        return Err(refused(text, "DENY"));
+        return Err(refused(reason, text));
     }
     route::decide(&mesh, source, client, target, &mut &*pod)
-        .map_err(|error| refused(error.to_string(), "CONNECT"))
+        .map_err(|error| refused(unrouted(&error), error.to_string()))
+}
+
+fn unrouted(error: &RouteError) -> Reason {
+    match error {
+        RouteError::NoHealthyUpstream(_) => Reason::NoEndpoint,
+        RouteError::UnknownWaypoint(_) => Reason::NoWaypoint,
+        RouteError::UnknownGateway(_) => Reason::NoGateway,
+        RouteError::NoDestination(_) => Reason::NoAddress,
+        RouteError::NoService(_) => Reason::NoService,
+        RouteError::NobodyExpected { .. } => Reason::NobodyExpected,
+    }
 }
 
 /// Opens the flow along a route; the error tells whether another endpoint may be tried.
@@ -210,11 +226,8 @@ async fn connect(
         RouteKind::Hbone => match tunnel(pod, source, route, client, flow).await {
             Ok(stream) => Ok(Far::Tunnel(stream)),
             Err(error) => {
-                let told = FlowError {
-                    text: error.to_string(),
-                    flag: error.flag(),
-                };
-                Err((told, error.is_of_the_endpoint()))
+                let again = error.is_of_the_endpoint();
+                Err((error.into(), again))
             }
         },
         RouteKind::Tcp | RouteKind::Passthrough => {
@@ -222,11 +235,8 @@ async fn connect(
             match pod.connect(route.connect).await {
                 Ok(far) => Ok(Far::Socket(far)),
                 Err(error) => {
-                    let told = FlowError {
-                        text: format!("io error: {error}"),
-                        flag: "CONNECT",
-                    };
-                    Err((told, true))
+                    let text = format!("io error: {error}");
+                    Err((FlowError::new(Reason::Unreachable, text), true))
                 }
             }
         }
@@ -317,10 +327,7 @@ pub async fn carry(stream: Stream, socket: TcpStream, flow: &Flow) -> Result<(),
     stream
         .carry(socket, flow.counters())
         .await
-        .map_err(|error| FlowError {
-            text: error.to_string(),
-            flag: error.flag(),
-        })
+        .map_err(|error| FlowError::new(Reason::from(&error), error.to_string()))
 }
 
 /// What an ended relay means to the log: a connection that a peer broke off is complete.
@@ -333,10 +340,7 @@ pub fn copied(result: std::io::Result<()>) -> Result<(), FlowError> {
                 BrokenPipe | ConnectionReset | NotConnected | UnexpectedEof
             ) =>
         {
-            Err(FlowError {
-                text: format!("io error: {error}"),
-                flag: "CONNECT",
-            })
+            Err(FlowError::new(Reason::Broken, format!("io error: {error}")))
         }
         _ => Ok(()),
     }

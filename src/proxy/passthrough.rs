@@ -6,7 +6,7 @@ use std::rc::Rc;
 use tokio::net::TcpStream;
 
 use super::connections::{Admission, Asked, Registration};
-use super::inbound::policy_change;
+use super::inbound::{policy_change, rejection};
 use super::outbound::copied;
 use super::pod::Pod;
 use super::relay::relay;
@@ -14,7 +14,7 @@ use super::{Accepted, Refusal};
 use crate::mesh::Workload;
 use crate::node::sockets;
 use crate::policy::Context;
-use crate::telemetry::{Direction, Flow, FlowError};
+use crate::telemetry::{Direction, Flow, FlowError, Reason};
 
 /// Serves one connection accepted on 15006.
 pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
@@ -56,16 +56,16 @@ async fn open(
 ) -> Result<(TcpStream, Registration), Refusal> {
     if pod.shared.config.illegal_ports().contains(&target.port()) {
         let error = "attempted recursive call to ourselves";
-        return Err(Refusal::Early(error.to_string()));
+        return Err(Refusal::Early(FlowError::new(Reason::Loop, error)));
     }
     let workload = pod.workload().await.map_err(Refusal::Early)?;
     let registration = admit(pod, &workload, client, target, flow).map_err(Refusal::Failed)?;
     match pod.connect_application(target, client.ip()).await {
         Ok(far) => Ok((far, registration)),
-        Err(error) => Err(Refusal::Failed(FlowError {
-            text: format!("connection failed: {error}"),
-            flag: "CONNECT",
-        })),
+        Err(error) => Err(Refusal::Failed(FlowError::new(
+            Reason::Unreachable,
+            format!("connection failed: {error}"),
+        ))),
     }
 }
 
@@ -99,11 +99,8 @@ fn admit(
     };
     let verdict = mesh.verdict(workload, &context);
     flow.open();
-    match verdict.refusal() {
+    match rejection(&verdict) {
         None => Ok(registration),
-        Some(reason) => Err(FlowError {
-            text: format!("connection closed due to policy rejection: {reason}"),
-            flag: "DENY",
-        }),
+        Some(error) => Err(error),
     }
 }

@@ -16,7 +16,7 @@ use crate::mesh::balance::Choose;
 use crate::mesh_feed::SharedMesh;
 use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{FlowError, Reason, Telemetry};
 
 use super::connections::Connections;
 use super::drain::Drain;
@@ -167,8 +167,8 @@ impl Pod {
     /// The pod's own workload record; waits a bounded time for it to arrive.
     ///
     /// # Errors
-    /// The text for the log when it does not arrive.
-    pub async fn workload(&self) -> Result<Arc<Workload>, String> {
+    /// For the log, when it does not arrive.
+    pub async fn workload(&self) -> Result<Arc<Workload>, FlowError> {
         match self.known_workload() {
             Some(workload) => Ok(workload),
             // In a box of its own: flows hardly ever wait.
@@ -176,7 +176,7 @@ impl Pod {
         }
     }
 
-    async fn awaited_workload(&self) -> Result<Arc<Workload>, String> {
+    async fn awaited_workload(&self) -> Result<Arc<Workload>, FlowError> {
         let mut changes = self.shared.mesh.subscribe();
         let arrival = async {
             loop {
@@ -199,9 +199,8 @@ impl Pod {
         } = &*self.spec;
         let who = format!("{service_account}.{namespace} ({name})");
         tracing::warn!("timed out waiting for workload '{who}' from xds");
-        Err(format!(
-            "failed to fetch information about local workload: {who}"
-        ))
+        let text = format!("failed to fetch information about local workload: {who}");
+        Err(FlowError::new(Reason::UnknownSelf, text))
     }
 
     /// The pod's own workload record, if it has arrived.

@@ -74,7 +74,7 @@ impl PodResolver {
 
 impl Resolver for PodResolver {
     async fn resolve(&self, question: &Question) -> Result<Resolution, String> {
-        let client = self.pod.workload().await?;
+        let client = self.pod.workload().await.map_err(|error| error.text)?;
         let mesh = self.pod.shared.mesh.load();
         let v6 = question.kind == RecordType::AAAA;
         Ok(answer::resolve(

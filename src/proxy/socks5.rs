@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::outbound::{self, Entry};
 use super::pod::Pod;
 use super::{Accepted, Refusal, pod_dns};
-use crate::telemetry::{Direction, Flow};
+use crate::telemetry::{Direction, Flow, FlowError, Reason};
 
 /// How long a client may take to say what it wants.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -60,8 +60,9 @@ pub async fn target(
     client: SocketAddr,
 ) -> Option<SocketAddr> {
     let local = socket.local_addr().ok()?;
-    let deny = |error: String| {
+    let deny = |reason, text: String| {
         let telemetry = pod.shared.telemetry.clone();
+        let error = FlowError::new(reason, text);
         Flow::new(Direction::Outbound, client, local, telemetry).early_deny(&error);
         None
     };
@@ -72,10 +73,10 @@ pub async fn target(
             Ok(ip) => Some(SocketAddr::new(ip, port)),
             Err(error) => {
                 let _ = reply(socket, Reply::HostUnreachable).await;
-                deny(format!("dns: {name}: {error}"))
+                deny(Reason::UnknownHost, format!("dns: {name}: {error}"))
             }
         },
-        Err(error) => deny(format!("socks5: {error}")),
+        Err(error) => deny(Reason::BadRequest, format!("socks5: {error}")),
     }
 }
 
@@ -90,7 +91,8 @@ impl Reply {
     fn of(refusal: &Refusal) -> Self {
         match refusal {
             Refusal::Early(_) => Self::Failure,
-            Refusal::Failed(error) if error.flag == "DENY" => Self::NotAllowed,
+            // Also when it was the peer who said so.
+            Refusal::Failed(error) if error.reason.flag() == "DENY" => Self::NotAllowed,
             Refusal::Failed(_) => Self::Refused,
         }
     }

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use tracing::Level;
 
+use super::flow::FlowError;
 use super::lines::{self, Json};
 use super::log;
 use super::sink::Sink;
@@ -125,13 +126,14 @@ fn is_plain(text: &str) -> bool {
 }
 
 /// A connection refused before enough was known of it.
-pub fn early_deny(src: SocketAddr, dst: SocketAddr, direction: &str, error: &str) {
+pub fn early_deny(src: SocketAddr, dst: SocketAddr, direction: &str, error: &FlowError) {
     if tracing::enabled!(target: "access", Level::WARN) {
         let mut line = Line::new(log::is_json(), &Level::WARN, "connection failed");
         line.address("src.addr", src);
         line.address("dst.addr", dst);
         line.text("direction", direction);
-        line.text("error", error);
+        line.text("reason", error.reason.code());
+        line.text("error", &error.text);
         line.log();
     }
 }

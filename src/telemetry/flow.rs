@@ -6,13 +6,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hbone::{Baggage, Counters, Identity};
+use hbone::{Baggage, Counters, Identity, OpenError};
 use slab::Slab;
 use tracing::Level;
 
 use super::access::{self, Line, Millis};
 use super::log;
 use super::metrics::Telemetry;
+use super::reason::Reason;
 use super::series::{Series, told};
 use crate::mesh::{Service, Workload};
 
@@ -40,12 +41,42 @@ impl Direction {
     }
 }
 
-/// Why a flow failed: for the access log, and the flag for the metrics.
+/// Why a flow failed: in words, and as a code.
 #[derive(Clone, Debug)]
 pub struct FlowError {
     pub text: String,
+    pub reason: Reason,
+    /// `response_flags` of the traffic metrics.
     pub flag: &'static str,
 }
+
+impl FlowError {
+    /// An error with the flag of its reason.
+    pub fn new(reason: Reason, text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            reason,
+            flag: reason.flag(),
+        }
+    }
+}
+
+impl From<OpenError> for FlowError {
+    fn from(error: OpenError) -> Self {
+        let told = Self::new(Reason::from(&error), error.to_string());
+        match error {
+            // Whatever the peer's reason is, for the client's side the peer refused.
+            OpenError::Status(..) => Self {
+                flag: Reason::Refused.flag(),
+                ..told
+            },
+            _ => told,
+        }
+    }
+}
+
+/// The `response_flags` of a flow that did not fail.
+const NO_FLAG: &str = "-";
 
 /// What is known of a flow's ends.
 pub(super) struct Facts {
@@ -170,7 +201,7 @@ impl Flow {
     /// Everything is known: counts the flow as opened.
     pub fn open(&mut self) {
         let record = &mut *self.0;
-        let series = record.telemetry.traffic.of(&record.facts, "-");
+        let series = record.telemetry.traffic.of(&record.facts, NO_FLAG);
         series.open();
         let live = Live {
             series,
@@ -201,20 +232,22 @@ impl Flow {
     /// The flow is over.
     pub fn finish(mut self, result: Result<(), FlowError>) {
         match result {
-            Ok(()) => self.0.account(None, "-"),
-            Err(error) => self.0.account(Some(&error.text), error.flag),
+            Ok(()) => self.0.account(None),
+            Err(error) => self.0.account(Some(&error)),
         }
     }
 
     /// The connection is refused before it could be told who wants what.
-    pub fn early_deny(self, error: &str) {
+    pub fn early_deny(self, error: &FlowError) {
         let facts = &self.0.facts;
-        access::early_deny(facts.src, facts.dst, facts.direction.as_str(), error);
+        let (direction, reason) = (facts.direction, error.reason);
+        self.0.telemetry.refused(direction, reason);
+        access::early_deny(facts.src, facts.dst, direction.as_str(), error);
     }
 }
 
 impl Record {
-    fn account(&mut self, error: Option<&str>, flag: &'static str) {
+    fn account(&mut self, error: Option<&FlowError>) {
         let Some(place) = self.live.take() else {
             return;
         };
@@ -227,9 +260,14 @@ impl Record {
             live
         });
         live.settle();
-        match flag {
-            "-" => live.series.close(false),
-            _ => self.telemetry.traffic.of(&self.facts, flag).close(true),
+        match error {
+            // The incumbent does not count a flow that a drain cut as failed.
+            None | Some(FlowError { flag: NO_FLAG, .. }) => live.series.close(false),
+            Some(error) => {
+                let series = self.telemetry.traffic.of(&self.facts, error.flag);
+                series.close(true);
+                self.telemetry.refused(self.facts.direction, error.reason);
+            }
         }
         let (level, enabled) = match error {
             Some(_) => (
@@ -247,14 +285,22 @@ impl Record {
         }
     }
 
-    fn complete(&self, json: bool, level: &Level, duration: Duration, error: Option<&str>) -> Line {
+    fn complete(
+        &self,
+        json: bool,
+        level: &Level,
+        duration: Duration,
+        error: Option<&FlowError>,
+    ) -> Line {
         let mut line = Line::new(json, level, "connection complete");
         self.facts.write(&mut line);
         line.number("bytes_sent", self.counters.sent.get());
         line.number("bytes_recv", self.counters.received.get());
         line.quoted("duration", Millis(duration));
         if let Some(error) = error {
-            line.text("error", error);
+            line.text("reason", error.reason.code());
+            // Last, as whoever reads these lines expects it.
+            line.text("error", &error.text);
         }
         line
     }
@@ -262,8 +308,13 @@ impl Record {
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        self.0
-            .account(Some("connection closed due to connection drain"), "-");
+        if self.0.live.is_some() {
+            let text = "connection closed due to connection drain";
+            self.0.account(Some(&FlowError {
+                flag: NO_FLAG,
+                ..FlowError::new(Reason::Draining, text)
+            }));
+        }
     }
 }
 

@@ -21,7 +21,8 @@ fn flow(direction: Direction) -> Flow {
 
 /// The line of a flow that ended.
 fn text(flow: &Flow, json: bool, level: Level, duration: Duration, error: Option<&str>) -> String {
-    let line = flow.0.complete(json, &level, duration, error);
+    let error = error.map(|error| FlowError::new(Reason::PolicyNotAllowed, error));
+    let line = flow.0.complete(json, &level, duration, error.as_ref());
     line.with_text(str::to_string)
 }
 
@@ -64,7 +65,7 @@ fn a_refusal_ends_with_its_reason() {
     let error = "connection closed due to policy rejection: allow policies exist, but none allowed";
     let line = text(&flow, false, Level::ERROR, Duration::ZERO, Some(error));
     let expected = format!(
-        "error\taccess\tconnection complete\t{ENDS} direction=\"inbound\" bytes_sent=0 bytes_recv=0 duration=\"0ms\" error=\"{error}\"\n"
+        "error\taccess\tconnection complete\t{ENDS} direction=\"inbound\" bytes_sent=0 bytes_recv=0 duration=\"0ms\" reason=\"policy_not_allowed\" error=\"{error}\"\n"
     );
     assert_eq!(timeless(&line), expected);
 }
@@ -86,7 +87,7 @@ fn a_json_line_has_the_same_fields() {
          \"dst.addr\":\"10.1.0.9:15008\",\"dst.hbone_addr\":\"10.1.0.9:8080\",\
          \"dst.service\":\"web.b.svc.cluster.local\",\"dst.workload\":\"web\",\"dst.namespace\":\"b\",\
          \"dst.identity\":\"spiffe://cluster.local/ns/b/sa/web\",\"dst.cluster\":\"Kubernetes\",\
-         \"direction\":\"inbound\",\"bytes_sent\":11,\"bytes_recv\":22,\"duration\":\"0ms\",\"error\":\"a \\\"b\\\"\\n\"}\n"
+         \"direction\":\"inbound\",\"bytes_sent\":11,\"bytes_recv\":22,\"duration\":\"0ms\",\"reason\":\"policy_not_allowed\",\"error\":\"a \\\"b\\\"\\n\"}\n"
     );
     let parsed: serde_json::Value = serde_json::from_str(&line).unwrap();
     assert_eq!(parsed["error"], "a \"b\"\n");
@@ -148,15 +149,13 @@ fn bytes_are_accounted_while_a_flow_is_open_and_only_once() {
     settle();
     assert_eq!(sample("istio_tcp_received_bytes_total"), Some(5));
     flow.counters().sent.set(9);
-    flow.finish(Err(FlowError {
-        text: "x".to_string(),
-        flag: "CONNECT",
-    }));
+    flow.finish(Err(FlowError::new(Reason::Unreachable, "x")));
     settle();
     assert_eq!(sample("istio_tcp_sent_bytes_total"), Some(9));
     assert_eq!(sample("istio_tcp_connections_opened_total"), Some(1));
     assert_eq!(sample("istio_tcp_connections_closed_total"), Some(1));
     assert_eq!(sample("istio_tcp_connections_failed_total"), Some(1));
+    assert_eq!(sample("warren_flow_failures_total"), Some(1));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::flow::Direction;
+use super::reason::Reason;
 use super::series::{Series, SeriesTable};
 use super::sink::Sink;
 
@@ -98,6 +99,19 @@ impl Telemetry {
             samples: BTreeMap::new(),
         });
         *family.samples.entry(render(labels)).or_default() += n;
+    }
+
+    /// Counts a flow that was refused or broke.
+    pub fn refused(&self, direction: Direction, reason: Reason) {
+        self.add(
+            "warren_flow_failures",
+            "The total number of flows that were refused or broke, by reason (unstable)",
+            &[
+                ("reporter", direction.reporter()),
+                ("reason", reason.code()),
+            ],
+            1,
+        );
     }
 
     /// Sets a gauge.

@@ -6,9 +6,11 @@ mod flow;
 mod lines;
 pub mod log;
 pub mod metrics;
+mod reason;
 mod series;
 mod sink;
 pub mod time;
 
 pub use flow::{Direction, Flow, FlowError, settle};
 pub use metrics::{OpenSocket, Telemetry};
+pub use reason::Reason;

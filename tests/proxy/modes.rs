@@ -143,10 +143,29 @@ async fn a_local_source_is_read_again_when_it_changes() {
     proxy
         .logged(&["local config read again", "num_policies=1"])
         .await;
-    assert_eq!(socks(&proxy, &request).await.0, 5);
+    assert_eq!(socks(&proxy, &request).await.0, 2);
+    let code = "reason=\"policy_denied\"";
     proxy
-        .logged(&["direction=\"inbound\"", "explicitly denied by: default/no"])
+        .logged(&[
+            "direction=\"outbound\"",
+            code,
+            "http status: 401 Unauthorized",
+        ])
         .await;
+    proxy
+        .logged(&[
+            "direction=\"inbound\"",
+            code,
+            "explicitly denied by: default/no",
+        ])
+        .await;
+    let (_, metrics) = proxy.http("GET", 15020, "/metrics").await;
+    for reporter in ["source", "destination"] {
+        let sample = format!(
+            "warren_flow_failures_total{{reporter=\"{reporter}\",reason=\"policy_denied\"}} 1\n"
+        );
+        assert!(metrics.contains(&sample), "{metrics}");
+    }
     let (_, dump) = proxy.http("GET", 15000, "/config_dump").await;
     let dump: serde_json::Value = serde_json::from_str(&dump).unwrap();
     assert_eq!(dump["staticConfig"]["policies"][0]["name"], "no");

@@ -24,7 +24,9 @@ const WEB: &str = "spiffe://cluster.local/ns/b/sa/web";
 /// How long any one flow may take, however busy the machine is.
 const STUCK: Duration = Duration::from_secs(60);
 /// The proxy's certificates live for so long, and are renewed at half of it.
-const TTL: &str = "6s";
+const TTL: &str = "8s";
+/// How long a flow that says a little all the time goes on.
+const CHAT: Duration = Duration::from_millis(300);
 
 const DENY_VICTIM: &str = "apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -178,19 +180,23 @@ async fn carry(client: Rc<Client>, first: usize, largest: usize, done: Rc<Done>)
 
 /// One flow that says a little all the time.
 async fn chat(client: Rc<Client>, done: Rc<Done>) {
-    let mut socket = client.flow().await.unwrap();
     let mut round = 0;
     while !done.over.get() {
-        let question = pattern(round, 100);
-        let mut answer = vec![0; 100];
-        socket.write_all(&question).await.unwrap();
-        timeout(STUCK, socket.read_exact(&mut answer))
-            .await
-            .unwrap()
-            .unwrap();
-        assert!(answer == question, "round {round}");
-        round += 1;
-        sleep(Duration::from_millis(5)).await;
+        // Well within the time that is left to a tunnel which takes no more flows because its certificate ends.
+        let mut socket = client.flow().await.unwrap();
+        let until = Instant::now() + CHAT;
+        while !done.over.get() && Instant::now() < until {
+            let question = pattern(round, 100);
+            let mut answer = vec![0; 100];
+            socket.write_all(&question).await.unwrap();
+            timeout(STUCK, socket.read_exact(&mut answer))
+                .await
+                .unwrap()
+                .unwrap();
+            assert!(answer == question, "round {round}");
+            round += 1;
+            sleep(Duration::from_millis(5)).await;
+        }
     }
     assert!(
         round > 10,

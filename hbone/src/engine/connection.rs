@@ -60,6 +60,8 @@ pub struct Fields {
     pub forwarded: Option<Box<str>>,
     pub forwarded_network: Option<Box<str>>,
     pub traceparent: Option<Box<str>>,
+    /// The code of the reason of a refusal.
+    pub reason: Option<Box<str>>,
 }
 
 /// What a received frame means to the owner of the connection.

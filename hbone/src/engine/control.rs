@@ -4,6 +4,9 @@ use super::connection::{Connection, Event, Fault, Fields, Role, SHUTDOWN_PING};
 use super::frame::{self, Head, Reason, flag, kind, setting};
 use super::receive::{State, calm, protocol, size};
 
+/// The field of a refusal that says why, as a code.
+pub const REASON: &str = "x-warren-reason";
+
 /// Frames that a header block may be cut into.
 const CONTINUATIONS: u32 = 64;
 /// Streams that a peer may open and reset before they are answered, beyond those that were answered.
@@ -283,6 +286,7 @@ impl Fields {
             b"forwarded" => self.forwarded = Some(text.into()),
             b"x-forwarded-network" => self.forwarded_network = Some(text.into()),
             b"traceparent" => self.traceparent = Some(text.into()),
+            name if name == REASON.as_bytes() => self.reason = Some(text.into()),
             _ => {}
         }
     }

@@ -33,6 +33,7 @@ use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 pub(crate) use connection::{Fields, Limits, Role};
+pub(crate) use control::REASON;
 pub(crate) use flow::Outcome;
 pub use frame::Reason;
 pub(crate) use hpack::Encoder;
@@ -347,14 +348,30 @@ impl TunnelHandle {
     }
 
     /// Pings until an answer fails to come, a certificate has expired, or the tunnel has ended.
-    pub async fn watch(self, interval: Duration, limit: Duration, expires: SystemTime) {
-        loop {
+    ///
+    /// In the last quarter of its time it takes no new streams, so that its flows may end by themselves.
+    pub async fn watch(self, role: Role, interval: Duration, limit: Duration, expires: SystemTime) {
+        let left = || {
             let left = expires.duration_since(SystemTime::now());
-            let Some(left) = left.ok().filter(|left| !left.is_zero()) else {
+            left.unwrap_or_default()
+        };
+        let quarter = left() / 4;
+        let mut told = false;
+        loop {
+            let left = left();
+            if left.is_zero() {
                 return self.stop(Failure::Expired);
-            };
+            }
+            if left <= quarter && !std::mem::replace(&mut told, true) {
+                match role {
+                    Role::Client => self.retire(),
+                    Role::Server => self.shut_down(),
+                }
+            }
+            let next = left.checked_sub(quarter).filter(|next| !next.is_zero());
+            let interval = interval.min(next.unwrap_or(left));
             let over = self.shared.over.notified();
-            if self.shared.is_over() || timeout(interval.min(left), over).await.is_ok() {
+            if self.shared.is_over() || timeout(interval, over).await.is_ok() {
                 return;
             }
             let pong = self.shared.pong.notified();
