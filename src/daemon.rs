@@ -29,6 +29,7 @@ use crate::mesh_feed::{MeshWriter, SharedMesh};
 use crate::node::zds::PodHandler;
 use crate::node::{sockets, zds};
 use crate::policy::evaluate;
+use crate::proxy::budget::{Budget, Limits};
 use crate::proxy::pod::Shared;
 use crate::proxy::pods::Pods;
 use crate::proxy::worker::Worker;
@@ -65,6 +66,22 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// What the node may use: half of the open files for flows, half of the memory for what waits, unless told otherwise.
+fn budget(config: &Config) -> Arc<Budget> {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    let flows = usize::try_from(files / 2).unwrap_or(usize::MAX).max(1);
+    let limits = Limits {
+        flows: config.flow_budgets[0].unwrap_or(flows),
+        waiting: config.memory_budgets[0].unwrap_or_else(|| memory::available() / 2),
+    };
+    tracing::info!(
+        flows = limits.flows,
+        waiting_bytes = limits.waiting,
+        "budget of this node"
+    );
+    Budget::of_node(limits)
+}
+
 async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
     sockets::check_privileges(&config)?;
     let ready = Ready::default();
@@ -80,8 +97,10 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
     if let Some(lists) = lists {
         spawn_local(lists.follow(telemetry.clone()));
     }
+    let budget = budget(&config);
     let shared = Shared {
         revocations,
+        budget,
         config: config.clone(),
         mesh: mesh.clone(),
         certificates: certificates.clone(),

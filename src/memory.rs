@@ -19,6 +19,20 @@ pub fn give_back() {
     }
 }
 
+/// How much memory this process may use, in bytes: its control group's limit, else the machine's.
+pub fn available() -> u64 {
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let limit = group.and_then(|text| text.trim().parse().ok());
+    limit.or_else(machine).unwrap_or(1 << 30)
+}
+
+fn machine() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kilobytes: u64 = line?.split_whitespace().next()?.parse().ok()?;
+    Some(kilobytes << 10)
+}
+
 /// Gives memory back after every burst of flows, for ever.
 pub async fn follow(telemetry: Arc<Telemetry>) {
     let mut peak = Peak::default();

@@ -27,7 +27,7 @@ mod tunnel_tests;
 mod verify;
 
 pub use client::{ConnectHeaders, Dialer, Tunnelled};
-pub use counters::Counters;
+pub use counters::{Counters, Ledger};
 pub use engine::{Engine, Failure, Reason};
 pub use error::{AcceptError, OpenError, StreamError};
 pub use headers::{Authority, AuthorityError, Baggage};

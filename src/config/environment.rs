@@ -41,6 +41,17 @@ impl Variables {
         parse(value).map_err(|reason| self.wrong(name, value, &reason))
     }
 
+    pub fn optional<T>(
+        &self,
+        name: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, ConfigError> {
+        let value = self.text(name);
+        value
+            .map(|value| parse(value).map_err(|reason| self.wrong(name, value, &reason)))
+            .transpose()
+    }
+
     pub fn window(&self, name: &str, default: u32) -> Result<u32, ConfigError> {
         self.get(name, &default.to_string(), |v| match v.parse() {
             Ok(size @ 65_535..=0x7fff_ffff) => Ok(size),

@@ -177,6 +177,10 @@ pub struct Config {
     pub response_baggage: bool,
     /// Where pods may connect to.
     pub egress: Egress,
+    /// Flows of the node and of one pod, if other than what follows from the limit of open files.
+    pub flow_budgets: [Option<usize>; 2],
+    /// Bytes that may wait for slow readers, of the node and of one pod, if other than what follows from the memory.
+    pub memory_budgets: [Option<u64>; 2],
     pub zds_path: PathBuf,
     pub port_reuse: bool,
     pub ipv6: bool,
@@ -365,12 +369,7 @@ impl Config {
             metadata_json: env.metadata_json(),
             metadata,
             workers: env.workers(&proxy_config, cores)?,
-            original_source: env
-                .text("ENABLE_ORIG_SRC")
-                .map(|v| {
-                    parse::boolean(v).map_err(|reason| env.wrong("ENABLE_ORIG_SRC", v, &reason))
-                })
-                .transpose()?,
+            original_source: env.optional("ENABLE_ORIG_SRC", parse::boolean)?,
             packet_mark: env.get("PACKET_MARK", default_mark, |v| match v.parse::<u32>() {
                 Ok(0) => Ok(None),
                 Ok(mark) => Ok(Some(mark)),
@@ -387,6 +386,14 @@ impl Config {
                 user_timeout: env.get("USER_TIMEOUT_ENABLED", "false", parse::boolean)?,
             },
             egress,
+            flow_budgets: [
+                env.optional("FLOW_BUDGET", parse::count)?,
+                env.optional("FLOW_BUDGET_PER_POD", parse::count)?,
+            ],
+            memory_budgets: [
+                env.optional("MEMORY_BUDGET", parse::bytes)?,
+                env.optional("MEMORY_BUDGET_PER_POD", parse::bytes)?,
+            ],
             response_baggage: env.get("ENABLE_RESPONSE_BAGGAGE", "true", parse::boolean)?,
             zds_path: env
                 .owned("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock")

@@ -113,6 +113,34 @@ pub fn worker_threads(text: &str, cores: usize) -> Result<usize, String> {
     }
 }
 
+/// A number of things of which there must be one.
+pub fn count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a number above 0".to_string()),
+        Ok(count) => Ok(count),
+    }
+}
+
+/// A number of bytes: `1048576`, `64Mi`, `2G`.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit: u64 = match &text[digits.len()..] {
+        "" => 1,
+        "k" | "K" => 1000,
+        "Ki" => 1 << 10,
+        "M" => 1_000_000,
+        "Mi" => 1 << 20,
+        "G" => 1_000_000_000,
+        "Gi" => 1 << 30,
+        _ => 0,
+    };
+    let number: Option<u64> = digits.parse().ok();
+    number
+        .and_then(|number| number.checked_mul(unit))
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| "expected bytes, such as 67108864, 64Mi or 2G".to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

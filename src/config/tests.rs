@@ -32,6 +32,9 @@ fn a_malformed_value_is_refused_by_name() {
         ("ZTUNNEL_WORKER_THREADS", "200%"),
         ("COMPLIANCE_POLICY", "fips"),
         ("ENABLE_ORIG_SRC", "maybe"),
+        ("FLOW_BUDGET", "0"),
+        ("MEMORY_BUDGET", "64Mib"),
+        ("MEMORY_BUDGET_PER_POD", "Gi"),
     ] {
         let error = load(&[(name, value)]).unwrap_err().to_string();
         assert!(
@@ -117,4 +120,16 @@ fn what_stands_in_for_a_control_plane_lets_it_be_switched_off() {
     assert!(matches!(both, Err(ConfigError::Invalid(_))));
     let nothing = load(&[("ENABLE_PROXY", "false"), ("ISTIO_META_DNS_CAPTURE", "no")]);
     assert!(matches!(nothing, Err(ConfigError::Invalid(_))));
+}
+
+#[test]
+fn budgets_are_numbers_of_flows_and_of_bytes() {
+    let config = load(&[
+        ("FLOW_BUDGET_PER_POD", "100"),
+        ("MEMORY_BUDGET", "64Mi"),
+        ("MEMORY_BUDGET_PER_POD", "2000000"),
+    ])
+    .unwrap();
+    assert_eq!(config.flow_budgets, [None, Some(100)]);
+    assert_eq!(config.memory_budgets, [Some(64 << 20), Some(2_000_000)]);
 }

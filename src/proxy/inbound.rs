@@ -43,7 +43,7 @@ pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
     let Accepted {
         socket,
         client,
-        open: _open,
+        held: _held,
     } = accepted;
     let Ok(local) = socket.local_addr() else {
         return;
@@ -114,6 +114,14 @@ pub(super) struct Peer {
 pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Rc<Peer>, incoming: Incoming) {
     let telemetry = pod.shared.telemetry.clone();
     let mut flow = Flow::new(Direction::Inbound, peer.client, peer.local, telemetry);
+    let _place = match pod.spec.budget.admit() {
+        Ok(place) => place,
+        Err(error) => {
+            incoming.refuse(503, error.reason.code());
+            return flow.early_deny(&error);
+        }
+    };
+    flow.charge(pod.spec.budget.ledger());
     // What is only needed until the flow is open lies in a box that is gone by then.
     let opened = Box::pin(open(&pod, &peer, incoming, &mut flow)).await;
     let (stream, application, registration) = match opened {

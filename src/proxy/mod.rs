@@ -1,5 +1,6 @@
 //! The data path: a flow is accepted, judged, connected, carried and accounted, all on one worker.
 
+pub mod budget;
 mod connections;
 pub mod drain;
 mod inbound;
@@ -18,8 +19,8 @@ pub mod worker;
 struct Accepted {
     socket: tokio::net::TcpStream,
     client: std::net::SocketAddr,
-    /// Counts it as open until dropped.
-    open: crate::telemetry::OpenSocket,
+    /// Counts it as open, and its place in the budgets, until dropped.
+    held: (crate::telemetry::OpenSocket, budget::Place),
 }
 
 /// Why a flow came to nothing.

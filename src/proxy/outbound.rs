@@ -37,7 +37,7 @@ pub async fn serve_entry(pod: Rc<Pod>, accepted: Accepted, entry: Entry) {
     let Accepted {
         mut socket,
         client,
-        open: _open,
+        held: _held,
     } = accepted;
     // What is only needed until the flow is open lies in a box that is gone by then.
     let begun = Box::pin(begin(&pod, &mut socket, client, entry)).await;
@@ -79,6 +79,7 @@ async fn begin(
     };
     let telemetry = pod.shared.telemetry.clone();
     let mut flow = Flow::new(Direction::Outbound, client, target, telemetry);
+    flow.charge(pod.spec.budget.ledger());
     let opened = open(pod, client, target, &mut flow).await;
     if matches!(entry, Entry::Socks5) {
         socks5::answer(socket, opened.as_ref().err()).await;

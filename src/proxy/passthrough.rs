@@ -21,7 +21,7 @@ pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
     let Accepted {
         socket,
         client,
-        open: _open,
+        held: _held,
     } = accepted;
     let target = match sockets::original_destination(&socket, client) {
         Ok(target) => target,

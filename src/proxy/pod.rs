@@ -18,6 +18,7 @@ use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
 use crate::telemetry::{FlowError, Reason, Telemetry};
 
+use super::budget::Budget;
 use super::connections::Connections;
 use super::drain::Drain;
 use hbone::{Dialer, Engine, Http2Config, Identity, LocalBoxFuture, Pool, TlsIdentity};
@@ -39,6 +40,8 @@ pub struct Shared {
     pub certificates: Certificates,
     pub telemetry: Arc<Telemetry>,
     pub revocations: Option<hbone::Revocations>,
+    /// What the node may use.
+    pub budget: Arc<Budget>,
 }
 
 /// A pod as the node agent announced it.
@@ -51,6 +54,8 @@ pub struct PodSpec {
     pub netns: Arc<PodNetns>,
     /// The process's, but for the proxy's own workload.
     pub config: Arc<Config>,
+    /// What the pod may use.
+    pub budget: Arc<Budget>,
     /// Whether the listeners may take foreign source addresses.
     pub transparent: bool,
 }

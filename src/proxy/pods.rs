@@ -7,6 +7,7 @@ use std::time::Duration;
 use cni::zds::WorkloadInfo;
 use serde_json::{Value, json};
 
+use super::budget::{Budget, Limits};
 use super::pod::{PodSpec, Shared};
 use super::worker::Worker;
 use crate::admin::ready::{Ready, Task};
@@ -57,6 +58,32 @@ impl Pods {
             futures_util::future::join_all(settled),
         )
         .await;
+        let budget = &self.shared.budget;
+        for (name, help, value) in [
+            (
+                "warren_flows",
+                "The number of open connections and streams (unstable)",
+                budget.flows() as u64,
+            ),
+            (
+                "warren_flow_budget",
+                "The number of connections and streams that may be open (unstable)",
+                budget.limits().flows as u64,
+            ),
+            (
+                "warren_waiting_bytes",
+                "The number of bytes that wait for slow readers (unstable)",
+                budget.ledger().waiting(),
+            ),
+            (
+                "warren_memory_budget_bytes",
+                "The number of bytes that may wait for slow readers (unstable)",
+                budget.limits().waiting,
+            ),
+        ] {
+            let value = i64::try_from(value).unwrap_or(i64::MAX);
+            self.telemetry().set(name, help, value);
+        }
     }
 
     /// The pods with their open connections, for the configuration dump.
@@ -69,7 +96,10 @@ impl Pods {
             let connections = json!({ "inbound": [], "outbound": [] });
             state.insert(
                 uid.clone(),
-                json!({ "state": "Up", "info": info, "connections": connections }),
+                json!({
+                    "state": "Up", "info": info, "connections": connections,
+                    "flows": spec.budget.flows(), "waitingBytes": spec.budget.ledger().waiting(),
+                }),
             );
         }
         let answers = self
@@ -147,6 +177,7 @@ impl Pods {
             service_account: name.service_account.clone(),
             netns,
             config,
+            budget: self.budget(),
             transparent: listeners.iter().all(|listeners| listeners.transparent),
         });
         self.start(&spec, listeners).await?;
@@ -156,6 +187,16 @@ impl Pods {
             "serving the workload of this process"
         );
         Ok(())
+    }
+
+    /// A pod's part of the node's budget: half of it, unless told otherwise.
+    fn budget(&self) -> Arc<Budget> {
+        let (config, node) = (&self.shared.config, &self.shared.budget);
+        let limits = Limits {
+            flows: config.flow_budgets[1].unwrap_or(node.limits().flows.div_ceil(2)),
+            waiting: config.memory_budgets[1].unwrap_or(node.limits().waiting / 2),
+        };
+        Budget::of_pod(limits, node)
     }
 
     async fn start(
@@ -210,6 +251,7 @@ impl PodHandler for Pods {
             service_account: info.service_account.clone(),
             netns,
             config: self.shared.config.clone(),
+            budget: self.budget(),
             transparent: listeners.iter().all(|listeners| listeners.transparent),
         });
         self.start(&spec, listeners).await?;

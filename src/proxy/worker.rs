@@ -4,21 +4,22 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::TcpListener as StdListener;
+use std::net::{SocketAddr, TcpListener as StdListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hbone::Engine;
-use tokio::net::{TcpListener, UdpSocket};
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
 use super::drain::{Drain, DrainHandle, Stage, drain};
 use super::pod::{Pod, PodSpec, Shared};
 use super::{Accepted, inbound, outbound, passthrough, socks5};
-use crate::node::sockets::Listeners;
-use crate::telemetry::Direction;
+use crate::node::sockets::{self, Listeners};
+use crate::telemetry::{Direction, Flow, FlowError};
 
 /// How long a listener rests after an accept error such as a shortage of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -282,14 +283,17 @@ where
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((socket, client)) => {
-                        let accepted = Accepted {
-                            socket,
-                            client: hbone::canonical(client),
-                            open: pod.shared.telemetry.socket(direction),
-                        };
-                        flows.spawn_local(serve(pod.clone(), accepted));
-                    }
+                    Ok((socket, client)) => match pod.spec.budget.admit() {
+                        Ok(place) => {
+                            let accepted = Accepted {
+                                socket,
+                                client: hbone::canonical(client),
+                                held: (pod.shared.telemetry.socket(direction), place),
+                            };
+                            flows.spawn_local(serve(pod.clone(), accepted));
+                        }
+                        Err(error) => turn_away(&pod, socket, client, direction, &error),
+                    },
                     Err(error) => {
                         tracing::error!("Failed TCP handshake {error}");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -307,6 +311,23 @@ where
         () = pod.drain.reached(Stage::Cut) => {}
     }
     flows.shutdown().await;
+}
+
+/// Resets a connection for which there is no room.
+fn turn_away(
+    pod: &Pod,
+    socket: TcpStream,
+    client: SocketAddr,
+    direction: Direction,
+    error: &FlowError,
+) {
+    let client = hbone::canonical(client);
+    if let Ok(target) = sockets::original_destination(&socket, client) {
+        let telemetry = pod.shared.telemetry.clone();
+        Flow::new(direction, client, target, telemetry).early_deny(error);
+    }
+    // If that fails the connection is closed in order, which is the next best thing.
+    let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
 }
 
 /// Lets go of tunnels once the pod opens no more flows; each ends with its last one.

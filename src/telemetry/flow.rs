@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hbone::{Baggage, Counters, Identity, OpenError};
+use hbone::{Baggage, Counters, Identity, Ledger, OpenError};
 use slab::Slab;
 use tracing::Level;
 
@@ -155,6 +155,11 @@ impl Flow {
             live: None,
             counters: Rc::default(),
         }))
+    }
+
+    /// Has the flow's waiting bytes added up there; before it is carried.
+    pub fn charge(&mut self, ledger: &Arc<Ledger>) {
+        self.0.counters = Rc::new(Counters::of(ledger.clone()));
     }
 
     /// What the local workload has sent and received.

@@ -252,3 +252,27 @@ async fn a_revoked_certificate_ends_its_tunnels_and_opens_no_new_ones() {
     }
     panic!("{counted} did not come");
 }
+
+#[tokio::test]
+async fn a_stream_that_is_cancelled_ends_in_order_only_if_all_was_said() {
+    let Some(node) = Node::start("cancel", &[]).await else {
+        return;
+    };
+    let application = node.listen(8080);
+    for whole in [false, true] {
+        let mut send = open(&node).await.ready().await.unwrap();
+        let (response, mut stream) = send.send_request(request(APPLICATION), false).unwrap();
+        let (mut socket, _) = application.accept().await.unwrap();
+        let response = response.await.unwrap();
+        assert_eq!(response.status(), 200);
+        stream.send_data("half".into(), whole).unwrap();
+        let mut half = [0; 4];
+        socket.read_exact(&mut half).await.unwrap();
+        stream.send_reset(h2::Reason::CANCEL);
+        let end = socket.read(&mut half).await;
+        match whole {
+            true => assert_eq!(end.unwrap(), 0),
+            false => assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset),
+        }
+    }
+}

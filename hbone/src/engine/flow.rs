@@ -109,6 +109,13 @@ impl Flow {
         self.written == self.pending.len()
     }
 
+    /// Has it known how much memory waits for the socket.
+    pub fn note_waiting(&self) {
+        if let Some(carried) = &self.carried {
+            carried.counters.wait(self.pending.len());
+        }
+    }
+
     /// Writes what waits for the socket without the engine, then ends in peace.
     pub async fn write_out(mut self) {
         let outcome = loop {

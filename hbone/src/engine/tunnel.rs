@@ -376,6 +376,7 @@ impl Tunnel {
                 flow.written = 0;
             }
             flow.pending.extend_from_slice(&bytes[taken..]);
+            flow.note_waiting();
         }
         self.http.consumed(place, taken);
     }
@@ -400,6 +401,7 @@ impl Tunnel {
                     flow.pending = Vec::new();
                     flow.written = 0;
                 }
+                flow.note_waiting();
                 self.http.consumed(place, written);
                 self.settle(place);
             }
@@ -442,9 +444,10 @@ impl Tunnel {
 
     /// The peer gave up a stream.
     fn reset(&mut self, place: usize, reason: Reason) {
-        let peaceful = matches!(reason, Reason::NO_ERROR | Reason::CANCEL);
         if let Some(stream) = self.http.stream(place)
-            && peaceful
+            // Who cancels before the end was reached has been cut off itself, or gives up: that is no end of the data.
+            && (reason == Reason::NO_ERROR
+                || reason == Reason::CANCEL && stream.has_received_end())
             && stream.is_answered()
             && stream.data.carried.is_some()
         {
