@@ -414,7 +414,7 @@ impl Tunnel {
         }
         if stream.is_over() {
             if let Some(flow) = self.http.close(place, Reason::NO_ERROR) {
-                flow.finish(Outcome::Ended);
+                flow.end();
             }
         } else if !stream.data.shut
             && let Some(carried) = &stream.data.carried
@@ -438,13 +438,14 @@ impl Tunnel {
 
     /// The peer gave up a stream.
     fn reset(&mut self, place: usize, reason: Reason) {
-        let peaceful = matches!(reason, Reason::NO_ERROR | Reason::CANCEL);
         if let Some(stream) = self.http.stream(place)
-            && peaceful
             && stream.is_answered()
             && stream.data.carried.is_some()
         {
-            // The peer has what it wants; what it already sent still counts (RFC 9113 §8.1).
+            // What the peer already sent still counts (RFC 9113 §8.1). Without an error it has what it wants; but
+            // proxies also end with one what ended in peace behind them.
+            let peaceful = matches!(reason, Reason::NO_ERROR | Reason::CANCEL);
+            stream.data.broken = Some(reason).filter(|_| !peaceful);
             stream.end_both();
             return self.settle(place);
         }
