@@ -1,10 +1,13 @@
 //! The whole proxy, with its real control plane, against peers good and bad.
 
 mod certificate;
+mod envoy;
 mod harness;
 mod hostile;
 mod life;
 mod modes;
 mod outbound;
+mod pods;
 mod soak;
 mod tunnel;
+mod waypoints;
