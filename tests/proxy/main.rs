@@ -8,6 +8,7 @@ mod life;
 mod modes;
 mod outbound;
 mod pods;
+mod python;
 mod soak;
 mod tunnel;
 mod waypoints;
