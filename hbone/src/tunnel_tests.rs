@@ -214,6 +214,34 @@ async fn a_reset_of_either_end_arrives_as_a_reset() {
 }
 
 #[tokio::test]
+async fn a_slow_reader_gets_all_that_came_before_a_reset() {
+    local(async {
+        let authority = Authority::new();
+        let server = server(authority.issue(SERVER), Http2Config::default()).await;
+        let (pool, identity) = (pool(Http2Config::default()), authority.issue(CLIENT));
+        let (mut client, mut application, counters) = flow(&server, &pool, &identity).await;
+        let much = vec![7; 3 << 20];
+        client.write_all(&much).await.unwrap();
+        while counters.sent.get() < much.len() as u64 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        socket2::SockRef::from(&client)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+        drop(client);
+        // The reset has come when another flow's bytes have.
+        let (mut client, mut other, _) = flow(&server, &pool, &identity).await;
+        client.write_all(b"later").await.unwrap();
+        other.read_exact(&mut [0; 5]).await.unwrap();
+        let mut got = Vec::new();
+        let error = application.read_to_end(&mut got).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(got.len(), much.len());
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn flows_share_a_tunnel_up_to_its_limit_and_places_come_back() {
     local(async {
         let authority = Authority::new();

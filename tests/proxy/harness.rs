@@ -7,17 +7,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use cni::netns::within;
 use cni::zds::{WorkloadInfo, ZdsServer};
-use hbone::{TlsIdentity, TlsOptions};
 use nix::sched::{CloneFlags, setns, unshare};
-use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::net::{TcpSocket, TcpStream};
+
+use crate::certificate::Certificate;
 
 /// The pod's address.
 pub const POD: &str = "10.0.0.9";
@@ -197,11 +194,6 @@ impl Proxy {
         std::fs::rename(scratch, self.folder.join("state.yaml")).unwrap();
     }
 
-    /// What belongs to the test alone.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// Runs a shell command in the pod's namespace.
     pub fn shell(&self, text: &str) {
         let mut command = Command::new("sh");
@@ -210,6 +202,16 @@ impl Proxy {
         let mut child = spawn(&mut command, &self.netns, &log);
         let done = child.wait().unwrap().success();
         assert!(done, "{text}: {}", std::fs::read_to_string(&log).unwrap());
+    }
+
+    /// The proxy's namespace.
+    pub fn netns(&self) -> &File {
+        &self.netns
+    }
+
+    /// The test's own folder; it goes with the proxy.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Captures what the pod sends to those ranges, and gives the pod's namespace further addresses for peers.
@@ -250,20 +252,7 @@ impl Proxy {
 
     /// A connection from the client's address into the pod's namespace.
     pub async fn connect(&self, target: &str) -> io::Result<TcpStream> {
-        let target: SocketAddr = target.parse().unwrap();
-        let socket = within(self.netns.as_fd(), || {
-            let socket = TcpSocket::new_v4()?;
-            socket.set_reuseaddr(true)?;
-            if !target.ip().is_loopback() {
-                socket.bind(SocketAddr::new(CLIENT.parse().unwrap(), 0))?;
-            }
-            Ok(std::os::fd::IntoRawFd::into_raw_fd(socket))
-        })?;
-        // SAFETY: the descriptor was just given up by its socket.
-        let socket = unsafe { <TcpSocket as std::os::fd::FromRawFd>::from_raw_fd(socket) };
-        tokio::time::timeout(SOON, socket.connect(target))
-            .await
-            .map_err(io::Error::from)?
+        connect(&self.netns, CLIENT, target).await
     }
 
     /// A listener of the pod's application.
@@ -273,10 +262,7 @@ impl Proxy {
 
     /// A listener at an address of the pod's namespace.
     pub fn listen_at(&self, ip: &str, port: u16) -> tokio::net::TcpListener {
-        let bind = || std::net::TcpListener::bind((ip, port));
-        let listener = within(self.netns.as_fd(), bind).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        tokio::net::TcpListener::from_std(listener).unwrap()
+        listen(&self.netns, ip, port)
     }
 
     /// An HTTP endpoint of the proxy: status and body.
@@ -310,7 +296,9 @@ impl Proxy {
         let log = self.folder.join("proxy.log");
         let look = || {
             let text = std::fs::read_to_string(&log).unwrap_or_default();
-            found = text
+            // The last line may be half written.
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            found = whole
                 .lines()
                 .find(|line| texts.iter().all(|text| line.contains(text)))
                 .map(str::to_string);
@@ -337,15 +325,7 @@ impl Proxy {
             state if state.exists() => state,
             _ => self.folder.join("warren-fake-ca-0"),
         };
-        let root = std::fs::read_to_string(state.join("root-cert.pem")).unwrap();
-        let key = KeyPair::from_pem(&std::fs::read_to_string(state.join("root-key.pem")).unwrap())
-            .unwrap();
-        Certificate {
-            issuer: Issuer::from_ca_cert_pem(&root, key).unwrap(),
-            root,
-            uri: uri.to_string(),
-            expired: false,
-        }
+        Certificate::of(&state, uri)
     }
 }
 
@@ -405,97 +385,19 @@ fn proxy_command() -> Command {
     command
 }
 
-/// A client's certificate to be.
-pub struct Certificate {
-    issuer: Issuer<'static, KeyPair>,
-    root: String,
-    uri: String,
-    expired: bool,
-}
-
-impl Certificate {
-    /// Signed by somebody else who looks the same, while the mesh's root is trusted.
-    pub fn of_another_root(mut self) -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        self.issuer = Issuer::new(params, key);
-        self
-    }
-
-    /// Valid until yesterday.
-    pub fn expired(mut self) -> Self {
-        self.expired = true;
-        self
-    }
-
-    /// A revocation list with the certificate of an identity on it.
-    pub fn revoke(&self, identity: &TlsIdentity) -> String {
-        use x509_parser::prelude::FromDer;
-        let leaf = &identity.chain()[0];
-        let (_, parsed) = x509_parser::prelude::X509Certificate::from_der(leaf).unwrap();
-        let now = rcgen::date_time_ymd(2026, 1, 1);
-        let entry = rcgen::RevokedCertParams {
-            serial_number: rcgen::SerialNumber::from_slice(parsed.raw_serial()),
-            revocation_time: now,
-            reason_code: None,
-            invalidity_date: None,
-        };
-        let list = rcgen::CertificateRevocationListParams {
-            this_update: now,
-            next_update: rcgen::date_time_ymd(2036, 1, 1),
-            crl_number: rcgen::SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: vec![entry],
-            key_identifier_method: rcgen::KeyIdMethod::Sha256,
-        };
-        list.signed_by(&self.issuer).unwrap().pem().unwrap()
-    }
-
-    /// The certificate with a new key, and the configurations made of it.
-    pub fn identity(&self) -> Arc<TlsIdentity> {
-        const DAY: Duration = Duration::from_secs(24 * 3600);
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(self.uri.as_str().try_into().unwrap())];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ClientAuth,
-            ExtendedKeyUsagePurpose::ServerAuth,
-        ];
-        let now = SystemTime::now();
-        params.not_before = (now - 2 * DAY).into();
-        params.not_after = if self.expired {
-            (now - DAY).into()
-        } else {
-            (now + DAY).into()
-        };
-        let leaf = params.signed_by(&key, &self.issuer).unwrap();
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let root = CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap();
-        let chain = vec![leaf.der().clone()];
-        Arc::new(
-            TlsIdentity::new(
-                chain,
-                key,
-                vec![root],
-                &TlsOptions {
-                    tls12: true,
-                    pqc: false,
-                },
-            )
-            .unwrap(),
-        )
-    }
-}
-
 /// A namespace with the pod's and the client's addresses.
 pub fn namespace() -> File {
-    let made = std::thread::spawn(|| -> io::Result<File> {
+    namespace_with(&format!(
+        "ip link add eth0 type veth peer name peer0; ip link set eth0 up; ip link set peer0 up; \
+         ip addr add {POD}/24 dev eth0; ip addr add {CLIENT}/24 dev eth0"
+    ))
+}
+
+/// A namespace in which a shell command was run.
+pub fn namespace_with(setup: &str) -> File {
+    let setup = format!("ip link set lo up; {setup}");
+    let made = std::thread::spawn(move || -> io::Result<File> {
         unshare(CloneFlags::CLONE_NEWNET)?;
-        let setup = format!(
-            "ip link set lo up; ip link add eth0 type veth peer name peer0; ip link set eth0 up; ip link set peer0 up; \
-             ip addr add {POD}/24 dev eth0; ip addr add {CLIENT}/24 dev eth0"
-        );
         let done = Command::new("sh").args(["-ec", &setup]).status()?;
         assert!(done.success(), "{setup}");
         File::open("/proc/thread-self/ns/net")
@@ -503,7 +405,34 @@ pub fn namespace() -> File {
     made.join().unwrap().unwrap()
 }
 
-fn spawn(command: &mut Command, netns: &File, log: &Path) -> Child {
+/// A connection from an address of a namespace, or within its loopback.
+pub async fn connect(netns: &File, source: &str, target: &str) -> io::Result<TcpStream> {
+    let target: SocketAddr = target.parse().unwrap();
+    let socket = within(netns.as_fd(), || {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        if !target.ip().is_loopback() {
+            socket.bind(SocketAddr::new(source.parse().unwrap(), 0))?;
+        }
+        Ok(std::os::fd::IntoRawFd::into_raw_fd(socket))
+    })?;
+    // SAFETY: the descriptor was just given up by its socket.
+    let socket = unsafe { <TcpSocket as std::os::fd::FromRawFd>::from_raw_fd(socket) };
+    tokio::time::timeout(SOON, socket.connect(target))
+        .await
+        .map_err(io::Error::from)?
+}
+
+/// A listener at an address of a namespace.
+pub fn listen(netns: &File, ip: &str, port: u16) -> tokio::net::TcpListener {
+    let bind = || std::net::TcpListener::bind((ip, port));
+    let listener = within(netns.as_fd(), bind).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    tokio::net::TcpListener::from_std(listener).unwrap()
+}
+
+/// Starts a process in a namespace; it ends with the test's thread at the latest.
+pub fn spawn(command: &mut Command, netns: &File, log: &Path) -> Child {
     let log = File::options().create(true).append(true).open(log).unwrap();
     command
         .stdin(Stdio::null())

@@ -1,11 +1,16 @@
 //! The whole proxy, with its real control plane, against peers good and bad.
 
 mod budgets;
+mod certificate;
+mod envoy;
 mod harness;
 mod hostile;
 mod life;
 mod modes;
 mod networks;
 mod outbound;
+mod pods;
+mod python;
 mod soak;
 mod tunnel;
+mod waypoints;

@@ -3,7 +3,7 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::harness::{POD, Proxy};
-use crate::tunnel::exchange;
+use crate::tunnel::{answer, exchange, request, tls};
 
 /// The pod as a workload of the mesh.
 const STATE: &str = r#"
@@ -190,6 +190,50 @@ async fn a_dedicated_proxy_whose_port_is_taken_does_not_start() {
         .logged(&["failed to bind to address 0.0.0.0:15008: Address already in use"])
         .await;
     assert_eq!(proxy.ended().await, Some(1));
+}
+
+#[tokio::test]
+async fn a_connect_may_ask_by_hostname() {
+    let Some(proxy) = Proxy::alone("hostname", &DEDICATED, STATE).await else {
+        return;
+    };
+    serve(&proxy);
+    proxy.logged(&["marking server ready"]).await;
+    let caller = proxy.certificate("spiffe://cluster.local/ns/default/sa/gateway");
+    let (caller, expected) = (
+        caller.identity(),
+        "spiffe://cluster.local/ns/default/sa/acc",
+    );
+    let text = exchange(&proxy, &caller, expected, "web.example:80", b"").await;
+    assert_eq!(text, "hello");
+    proxy
+        .logged(&[
+            "info\taccess\tconnection complete",
+            "src.identity=\"spiffe://cluster.local/ns/default/sa/gateway\"",
+            "dst.hbone_addr=web.example:80 dst.service=\"web.example\" dst.workload=\"local\"",
+            "direction=\"inbound\"",
+        ])
+        .await;
+    let cases = [
+        (
+            "nowhere.example:80",
+            "no service or workload for hostname: nowhere.example",
+        ),
+        (
+            "web.example:81",
+            "requested service web.example:81 found, but cannot resolve port",
+        ),
+    ];
+    for (authority, error) in cases {
+        let config = caller.client_config(&[expected.parse().unwrap()]).unwrap();
+        let stream = tls(&proxy, (*config).clone()).await.unwrap();
+        let (send, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        assert_eq!(answer(send, request(authority)).await.unwrap(), 503);
+        proxy
+            .logged(&["warn\taccess\tconnection failed", error])
+            .await;
+    }
 }
 
 #[tokio::test]

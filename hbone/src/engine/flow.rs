@@ -2,8 +2,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 
@@ -11,6 +13,11 @@ use super::connection::Fields;
 use super::frame::Reason;
 use super::tunnel::Failure;
 use crate::Counters;
+
+/// How often it is looked whether an application has taken what came before a reset.
+const LOOK: Duration = Duration::from_millis(100);
+/// So many looks in a row that found nothing taken, and the application is reset anyway.
+const PATIENCE: u32 = 600;
 
 /// Why a stream is no more.
 #[derive(Clone, Debug)]
@@ -93,6 +100,8 @@ pub struct Flow {
     pub listed: bool,
     /// Whether the socket was told that nothing more comes.
     pub shut: bool,
+    /// Why the peer reset the stream, which the socket learns once all that came before is written.
+    pub broken: Option<Reason>,
 }
 
 /// The socket that a stream carries.
@@ -116,7 +125,7 @@ impl Flow {
         }
     }
 
-    /// Writes what waits for the socket without the engine, then ends in peace.
+    /// Writes what waits for the socket without the engine, then ends as the peer ended it.
     pub async fn write_out(mut self) {
         let outcome = loop {
             let Some(carried) = &self.carried else {
@@ -140,10 +149,23 @@ impl Flow {
                 Err(error) => break Outcome::Write(Rc::new(error)),
             }
         };
-        match self.is_drained() {
-            true => self.finish(outcome),
-            false => self.finish(Outcome::Reset(Reason::CANCEL)),
+        match (self.is_drained(), outcome) {
+            (true, Outcome::Ended) => self.end(),
+            (true, outcome) => self.finish(outcome),
+            (false, _) => self.finish(Outcome::Reset(Reason::CANCEL)),
         }
+    }
+
+    /// Ends it as the peer did, whose every byte is written: in peace, or by a reset.
+    pub fn end(mut self) {
+        let Some(reason) = self.broken else {
+            return self.finish(Outcome::Ended);
+        };
+        // A reset would take from a slow application what it was written already.
+        if let Some(carried) = self.carried.take_if(|carried| unread(&carried.socket) > 0) {
+            tokio::task::spawn_local(reset_when_read(carried.socket));
+        }
+        self.finish(Outcome::Reset(reason));
     }
 
     /// Ends it: the owner is told, and unless it ended in peace, so is the application, by a reset.
@@ -151,10 +173,36 @@ impl Flow {
         if !matches!(outcome, Outcome::Ended)
             && let Some(carried) = &self.carried
         {
-            let socket = socket2::SockRef::from(&carried.socket);
-            // A failure leaves an orderly close, which is the next best thing.
-            let _ = socket.set_linger(Some(std::time::Duration::ZERO));
+            reset(&carried.socket);
         }
         self.ticket.finish(outcome);
+    }
+}
+
+/// Has the socket's closing be a reset.
+fn reset(socket: &TcpStream) {
+    // A failure leaves an orderly close, which is the next best thing.
+    let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+/// Resets a socket when its application has what was written, or takes nothing of it for a while.
+async fn reset_when_read(socket: TcpStream) {
+    let (mut left, mut looks) = (unread(&socket), 0);
+    while left > 0 && looks < PATIENCE {
+        tokio::time::sleep(LOOK).await;
+        let now = unread(&socket);
+        looks = if now < left { 0 } else { looks + 1 };
+        left = now;
+    }
+    reset(&socket);
+}
+
+/// How many written bytes have not arrived at the other end of the socket.
+fn unread(socket: &TcpStream) -> libc::c_int {
+    let mut bytes = 0;
+    // SAFETY: the call writes one int, to a place that lives as long as it takes.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+        0 => bytes,
+        _ => 0,
     }
 }

@@ -420,7 +420,7 @@ impl Tunnel {
         }
         if stream.is_over() {
             if let Some(flow) = self.http.close(place, Reason::NO_ERROR) {
-                flow.finish(Outcome::Ended);
+                flow.end();
             }
         } else if !stream.data.shut
             && let Some(carried) = &stream.data.carried
@@ -445,13 +445,15 @@ impl Tunnel {
     /// The peer gave up a stream.
     fn reset(&mut self, place: usize, reason: Reason) {
         if let Some(stream) = self.http.stream(place)
-            // Who cancels before the end was reached has been cut off itself, or gives up: that is no end of the data.
-            && (reason == Reason::NO_ERROR
-                || reason == Reason::CANCEL && stream.has_received_end())
             && stream.is_answered()
             && stream.data.carried.is_some()
         {
-            // The peer has what it wants; what it already sent still counts (RFC 9113 §8.1).
+            // What the peer already sent still counts (RFC 9113 §8.1). Without an error it has what it wants; but
+            // proxies also end with one what ended in peace behind them. Who cancels before the end of its data has been
+            // cut off itself, or gives up: that is no end.
+            let peaceful =
+                reason == Reason::NO_ERROR || reason == Reason::CANCEL && stream.has_received_end();
+            stream.data.broken = Some(reason).filter(|_| !peaceful);
             stream.end_both();
             return self.settle(place);
         }
