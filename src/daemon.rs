@@ -34,6 +34,7 @@ use crate::proxy::pod::Shared;
 use crate::proxy::pods::Pods;
 use crate::proxy::worker::Worker;
 use crate::telemetry::{Telemetry, log, metrics};
+use crate::xds::demand::{Demand, Interest, demand};
 use crate::{version, xds};
 
 /// Runs the daemon until it is told to stop.
@@ -98,9 +99,17 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
         spawn_local(lists.follow(telemetry.clone()));
     }
     let budget = budget(&config);
+    let (demand, interest) = match config.on_demand {
+        true => {
+            let (demand, interest) = demand();
+            (demand, Some(interest))
+        }
+        false => (Demand::default(), None),
+    };
     let shared = Shared {
         revocations,
         budget,
+        demand,
         config: config.clone(),
         mesh: mesh.clone(),
         certificates: certificates.clone(),
@@ -137,7 +146,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
         let told = move |state| *told.local.borrow_mut() = state;
         spawn_local(local.follow(writer.clone(), told));
     }
-    follow_control_plane(&config, writer, &telemetry, done)?;
+    follow_control_plane(&config, writer, &telemetry, interest, done)?;
     let work = async {
         // Pods are only served once it is known who may talk to whom.
         let _ = arrived.await;
@@ -247,6 +256,7 @@ fn follow_control_plane(
     config: &Arc<Config>,
     mesh: Rc<MeshWriter>,
     telemetry: &Arc<Telemetry>,
+    interest: Option<Interest>,
     synced: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
     let Some(peer) = Peer::new(config, &config.xds) else {
@@ -260,7 +270,8 @@ fn follow_control_plane(
         &config.xds.headers,
     )?;
     let telemetry = telemetry.clone();
-    let client = xds::client::Client::new(config, peer, credentials, mesh, telemetry, synced);
+    let client =
+        xds::client::Client::new(config, peer, credentials, mesh, telemetry, interest, synced);
     spawn_local(client.run());
     Ok(())
 }

@@ -250,11 +250,6 @@ impl Config {
 
         let mode = env.mode()?;
         let on_demand = env.get("XDS_ON_DEMAND", "false", parse::boolean)?;
-        if on_demand {
-            return Err(ConfigError::Invalid(
-                "XDS_ON_DEMAND=true: on-demand discovery is not supported by this version".into(),
-            ));
-        }
         let proxy = env.get("ENABLE_PROXY", "true", parse::boolean)?;
         let dns = metadata
             .get("DNS_CAPTURE")
@@ -311,6 +306,7 @@ impl Config {
             ));
         }
         let xds = env.peer("XDS", &default_control)?;
+        let on_demand = on_demand && xds.address.is_some();
         if xds.address.is_none() && local_xds.is_none() {
             return Err(ConfigError::Invalid(
                 "XDS_ADDRESS is empty: without a control plane nothing would ever be let in; name its address, or give \

@@ -6,6 +6,7 @@ mod kubernetes;
 mod listen;
 mod manifests;
 mod server;
+mod subscription;
 mod tokens;
 mod translate;
 mod watch;

@@ -8,7 +8,6 @@ use std::time::Duration;
 use futures_util::Stream;
 use hbone::Identity;
 use prost::Message;
-use prost_types::Any;
 use prost_types::value::Kind;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,29 +17,31 @@ use xxhash_rust::xxh64::xxh64;
 
 use super::ca::Authority;
 use super::manifests::Objects;
+use super::subscription::{Index, Subscription, Update};
 use super::tokens::Tokens;
 use super::translate::Resources;
 use crate::proto::ca::istio_certificate_service_server::IstioCertificateService;
 use crate::proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
 use crate::proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
-use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use crate::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use crate::xds::client::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
 /// The types of resources that are served.
-const TYPES: [&str; 2] = [ADDRESS_TYPE, AUTHORIZATION_TYPE];
+pub(super) const TYPES: [&str; 2] = [ADDRESS_TYPE, AUTHORIZATION_TYPE];
 
 /// A resource as it goes over the wire.
 #[derive(Clone, Debug, PartialEq)]
-struct Encoded {
-    version: String,
-    value: Vec<u8>,
+pub(super) struct Encoded {
+    pub version: String,
+    pub value: Vec<u8>,
 }
 
 /// Everything that is served at one moment.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     number: u64,
-    types: [BTreeMap<String, Encoded>; 2],
+    pub(super) types: [BTreeMap<String, Encoded>; 2],
+    pub(super) index: Index,
     /// The nodes on which pods of a namespace and service account run.
     places: BTreeMap<(String, String), Vec<String>>,
 }
@@ -82,6 +83,7 @@ impl Snapshot {
         Self {
             number,
             types,
+            index: Index::new(&resources.addresses),
             places,
         }
     }
@@ -157,7 +159,7 @@ impl AggregatedDiscoveryService for Discovery {
             let client = Client {
                 node: node.clone(),
                 snapshots,
-                subscriptions: [None, None],
+                subscriptions: [const { None }; 2],
                 nonce: 0,
             };
             if let Err(status) = client.serve(request.into_inner(), &responses).await {
@@ -173,8 +175,8 @@ impl AggregatedDiscoveryService for Discovery {
 struct Client {
     node: String,
     snapshots: watch::Receiver<Arc<Snapshot>>,
-    /// What the proxy holds of each type that it asked for: name to version.
-    subscriptions: [Option<BTreeMap<String, String>>; 2],
+    /// Of each type, if the proxy asked for it.
+    subscriptions: [Option<Subscription>; 2],
     nonce: u64,
 }
 
@@ -200,7 +202,7 @@ impl Client {
                     }
                     // Policies first: a workload must not name what is not there yet.
                     for index in (0..TYPES.len()).rev() {
-                        if !self.send(index, false, responses).await {
+                        if !self.send(index, responses).await {
                             return Ok(());
                         }
                     }
@@ -228,59 +230,65 @@ impl Client {
                 refused.message
             );
         }
-        if !request.response_nonce.is_empty() {
+        if !request.response_nonce.is_empty()
+            && request.resource_names_subscribe.is_empty()
+            && request.resource_names_unsubscribe.is_empty()
+        {
             return Ok(true);
         }
-        if self.subscriptions[index].is_none() {
-            self.subscriptions[index] =
-                Some(request.initial_resource_versions.into_iter().collect());
-            return Ok(self.send(index, true, responses).await);
+        let first = self.subscriptions[index].is_none();
+        let subscription = self.subscriptions[index].get_or_insert_with(|| {
+            Subscription::new(
+                request.initial_resource_versions,
+                &request.resource_names_subscribe,
+                &request.resource_names_unsubscribe,
+            )
+        });
+        let asked = request.resource_names_subscribe;
+        subscription.change(&asked, &request.resource_names_unsubscribe);
+        if first || !asked.is_empty() {
+            return Ok(self.send_asked(index, &asked, responses).await);
         }
         Ok(true)
     }
 
-    /// Sends what the proxy does not hold yet and names what is gone; nothing if there is neither, unless `always`.
-    async fn send(&mut self, index: usize, always: bool, responses: &Outgoing) -> bool {
-        let snapshot = self.snapshots.borrow_and_update().clone();
-        let Some(held) = &mut self.subscriptions[index] else {
+    /// Sends what the proxy does not hold yet and names what is gone; nothing if there is neither.
+    async fn send(&mut self, index: usize, responses: &Outgoing) -> bool {
+        let Some(subscription) = &mut self.subscriptions[index] else {
             return true;
         };
-        let current = &snapshot.types[index];
-        let removed: Vec<_> = held
-            .keys()
-            .filter(|name| !current.contains_key(*name))
-            .cloned()
-            .collect();
-        let mut resources = Vec::new();
-        for (name, encoded) in current
-            .iter()
-            .filter(|(name, encoded)| held.get(*name) != Some(&encoded.version))
-        {
-            let any = Any {
-                type_url: TYPES[index].to_string(),
-                value: encoded.value.clone(),
-            };
-            resources.push(Resource {
-                version: encoded.version.clone(),
-                resource: Some(any),
-                name: name.clone(),
-                aliases: Vec::new(),
-            });
-        }
-        if !always && removed.is_empty() && resources.is_empty() {
+        let snapshot = self.snapshots.borrow_and_update().clone();
+        let update = subscription.update(&snapshot, index, &self.node, &[]);
+        if update.resources.is_empty() && update.removed.is_empty() {
             return true;
         }
-        *held = current
-            .iter()
-            .map(|(name, encoded)| (name.clone(), encoded.version.clone()))
-            .collect();
+        self.respond(index, &snapshot, update, responses).await
+    }
+
+    /// The same, and what was just asked for even if it is held; an answer comes in any case.
+    async fn send_asked(&mut self, index: usize, asked: &[String], responses: &Outgoing) -> bool {
+        let Some(subscription) = &mut self.subscriptions[index] else {
+            return true;
+        };
+        let snapshot = self.snapshots.borrow_and_update().clone();
+        let update = subscription.update(&snapshot, index, &self.node, asked);
+        self.respond(index, &snapshot, update, responses).await
+    }
+
+    async fn respond(
+        &mut self,
+        index: usize,
+        snapshot: &Snapshot,
+        update: Update,
+        responses: &Outgoing,
+    ) -> bool {
         self.nonce += 1;
         let response = DeltaDiscoveryResponse {
             system_version_info: snapshot.number.to_string(),
-            resources,
+            resources: update.resources,
             type_url: TYPES[index].to_string(),
             nonce: self.nonce.to_string(),
-            removed_resources: removed,
+            removed_resources: update.removed,
         };
         responses.send(Ok(response)).await.is_ok()
     }

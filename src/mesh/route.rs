@@ -48,9 +48,9 @@ pub enum RouteError {
     #[error("no healthy upstream: {0}")]
     NoHealthyUpstream(SocketAddr),
     #[error("unknown waypoint: {0}")]
-    UnknownWaypoint(String),
+    UnknownWaypoint(Unknown),
     #[error("unknown network gateway: {0}")]
-    UnknownGateway(String),
+    UnknownGateway(Unknown),
     #[error("no valid routing destination for workload: Workload{{{0}}}")]
     NoDestination(String),
     #[error("no service for target address: {0}")]
@@ -61,7 +61,26 @@ pub enum RouteError {
     NobodyExpected { service: String, network: String },
 }
 
+/// What a reference to a waypoint or gateway led to.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{text}")]
+pub struct Unknown {
+    text: String,
+    /// The resource name of what nothing is known of.
+    pub key: Option<String>,
+}
+
 impl RouteError {
+    /// The resource that the decision lacked, if it lacked one.
+    pub fn missing(&self) -> Option<&str> {
+        match self {
+            Self::UnknownWaypoint(unknown) | Self::UnknownGateway(unknown) => {
+                unknown.key.as_deref()
+            }
+            _ => None,
+        }
+    }
+
     fn no_destination(workload: &Workload) -> Self {
         let protocol = match workload.protocol {
             Protocol::Hbone => "HBONE",
@@ -332,6 +351,8 @@ fn address_of(workload: &Workload, service: &Service, original: IpAddr) -> Optio
         .copied()
 }
 
+const NOT_FOUND: &str = "not found";
+
 /// What a reference is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
@@ -347,9 +368,13 @@ impl Role {
             GatewayDestination::Address(address) => address,
             GatewayDestination::Hostname(name) => &name.hostname,
         };
+        let unknown = |kind| Unknown {
+            text: format!("{kind} {name} {why}"),
+            key: (why == NOT_FOUND).then(|| reference.destination.to_string()),
+        };
         match self {
-            Self::Waypoint => RouteError::UnknownWaypoint(format!("waypoint {name} {why}")),
-            Self::Gateway => RouteError::UnknownGateway(format!("network gateway {name} {why}")),
+            Self::Waypoint => RouteError::UnknownWaypoint(unknown("waypoint")),
+            Self::Gateway => RouteError::UnknownGateway(unknown("network gateway")),
         }
     }
 }
@@ -379,7 +404,7 @@ fn resolve<'a>(
             .ok_or_else(|| role.unknown(reference, "has no healthy endpoint"));
     }
     let workload = found.and_then(Address::workload);
-    let workload = workload.ok_or_else(|| role.unknown(reference, "not found"))?;
+    let workload = workload.ok_or_else(|| role.unknown(reference, NOT_FOUND))?;
     let fitting = workload.addresses.iter().find(|ip| **ip == original);
     let same_family = || {
         workload

@@ -110,6 +110,13 @@ impl Mesh {
             .find(|workload| &*workload.name == name)
     }
 
+    /// The trust domain of the workloads of this node, if there are any.
+    pub fn local_trust_domain(&self) -> Option<&str> {
+        let (_, uids) = self.local.iter().next()?;
+        let workload = self.workloads.get(uids.get_min()?)?;
+        Some(workload.identity.trust_domain())
+    }
+
     /// The workload of a hostname.
     pub fn workload_by_hostname(&self, name: &NamespacedHostname) -> Option<&Arc<Workload>> {
         self.by_workload_hostname

@@ -16,6 +16,7 @@ use super::proxy_protocol;
 use super::{Accepted, Refusal};
 use crate::policy::{Context, Verdict};
 use crate::telemetry::{Direction, Flow, FlowError, Reason};
+use crate::xds::names;
 
 /// The error of a flow that a policy update no longer allows.
 pub fn policy_change() -> FlowError {
@@ -136,6 +137,26 @@ pub(super) async fn serve_stream(pod: Rc<Pod>, peer: Rc<Peer>, incoming: Incomin
     flow.finish(result);
 }
 
+/// Asks the control plane for what a request takes and is not known yet: who calls, and what for.
+async fn ask_ahead(pod: &Pod, peer: &Peer, authority: &Authority) {
+    let (demand, config) = (&pod.shared.demand, &pod.shared.config);
+    let network = &config.network;
+    let known = |ip| pod.shared.mesh.load().lookup(network, &ip, None).is_some();
+    let addressed = match authority {
+        Authority::Addr(address) => Some(address.ip().to_canonical()),
+        Authority::Host(..) => None,
+    };
+    let ips = [Some(peer.client.ip()), addressed];
+    let keys = ips.into_iter().flatten().filter(|ip| !known(*ip));
+    let mut keys: Vec<_> = keys.map(|ip| format!("{network}/{ip}")).collect();
+    if let Authority::Host(hostname, _) = authority {
+        let namespace = &pod.spec.namespace;
+        keys.extend(names::keys(hostname, namespace, &config.cluster_domain));
+    }
+    let asked = keys.iter().map(|key| demand.fetch(key));
+    futures_util::future::join_all(asked).await;
+}
+
 /// Judges a request, connects to the application and answers.
 async fn open(
     pod: &Pod,
@@ -164,6 +185,9 @@ async fn open(
         Ok(workload) => workload,
         Err(error) => return Err(early(incoming, 503, error)),
     };
+    if pod.shared.demand.is_needed() {
+        Box::pin(ask_ahead(pod, peer, &authority)).await;
+    }
     let mesh = pod.shared.mesh.load();
     let forwarded_host = incoming.headers.forwarded_host();
     let target = match mesh.inbound_target(

@@ -13,10 +13,13 @@ use super::relay::relay;
 use super::{Accepted, Refusal, socks5};
 use crate::mesh::route::{self, Route, RouteError, RouteKind};
 use crate::mesh::snapshot::Address;
-use crate::mesh::{Service, Workload};
+use crate::mesh::{Mesh, Service, Workload};
 use crate::node::sockets;
 use crate::policy::egress;
 use crate::telemetry::{Direction, Flow, FlowError, Reason};
+
+/// How often one thing that is asked for may lead to another: a service's waypoint, its network's gateway.
+const STEPS: usize = 4;
 
 /// How a connection says where it goes.
 #[derive(Clone, Copy)]
@@ -104,9 +107,9 @@ async fn open(
         let error = "attempted recursive call to ourselves";
         return Err(Refusal::Early(FlowError::new(Reason::Loop, error)));
     }
-    let source = pod.workload().await.map_err(Refusal::Early)?;
+    let source = pod.sender();
     flow.source(source.clone());
-    let route = match choose(pod, &source, client, target) {
+    let route = match learn(pod, &source, client, target).await {
         Ok(route) => route,
         Err((error, service)) => {
             if let Some(service) = service {
@@ -144,6 +147,41 @@ async fn open(
                 pod.shun(uid);
             }
             Err(Refusal::Failed(error))
+        }
+    }
+}
+
+/// Finds where the flow goes, asking the control plane for what that takes and is not known yet.
+async fn learn(
+    pod: &Pod,
+    source: &Workload,
+    client: SocketAddr,
+    target: SocketAddr,
+) -> Result<Route, (FlowError, Option<Arc<Service>>)> {
+    let demand = &pod.shared.demand;
+    if demand.is_needed() {
+        Box::pin(ask_ahead(pod, source, client, target)).await;
+    }
+    choose(pod, source, client, target)
+}
+
+/// Asks for what the flow is addressed to, then for what that leads to.
+async fn ask_ahead(pod: &Pod, source: &Workload, client: SocketAddr, target: SocketAddr) {
+    let demand = &pod.shared.demand;
+    let (network, namespace) = (&source.network, Some(&*source.namespace));
+    let found = |mesh: &Mesh| mesh.lookup(network, &target.ip(), namespace).is_some();
+    if !found(&pod.shared.mesh.load()) {
+        demand.fetch(&format!("{network}/{}", target.ip())).await;
+    }
+    for _ in 0..STEPS {
+        let decided = {
+            let mesh = pod.shared.mesh.load();
+            route::decide(&mesh, source, client, target, &mut &*pod)
+        };
+        let missing = decided.as_ref().err().and_then(RouteError::missing);
+        let Some(missing) = missing else { return };
+        if !demand.fetch(missing).await {
+            return;
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::mesh_feed::SharedMesh;
 use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
 use crate::telemetry::{FlowError, Reason, Telemetry};
+use crate::xds::demand::Demand;
 
 use super::budget::Budget;
 use super::connections::Connections;
@@ -42,6 +43,8 @@ pub struct Shared {
     pub revocations: Option<hbone::Revocations>,
     /// What the node may use.
     pub budget: Arc<Budget>,
+    /// Asks for what the mesh does not know yet.
+    pub demand: Demand,
 }
 
 /// A pod as the node agent announced it.
@@ -71,6 +74,8 @@ pub struct Pod {
     /// What the pod sends elsewhere.
     pub outbound: Connections,
     pub drain: Drain,
+    /// What stands in for the pod's workload record until that has arrived.
+    provisional: RefCell<Option<Arc<Workload>>>,
     /// The baggage of the pod's workload record, rendered once per record.
     baggage: RefCell<Option<(Arc<Workload>, Rc<str>)>>,
     random: Cell<u64>,
@@ -127,6 +132,7 @@ impl Pod {
             inbound: Connections::default(),
             outbound: Connections::default(),
             drain,
+            provisional: RefCell::new(None),
             baggage: RefCell::new(None),
             random: Cell::new(seed | 1),
             shunned: RefCell::default(),
@@ -167,6 +173,33 @@ impl Pod {
     /// The kernel's error, or that nobody answered in time.
     pub async fn connect(&self, destination: SocketAddr) -> io::Result<TcpStream> {
         self.connector.connect(destination, Toward::Elsewhere).await
+    }
+
+    /// Whom the pod sends as: its workload record, or until that has arrived, what the node agent said of it.
+    pub fn sender(&self) -> Arc<Workload> {
+        if let Some(known) = self.known_workload() {
+            return known;
+        }
+        let mut cache = self.provisional.borrow_mut();
+        let workload = cache.get_or_insert_with(|| {
+            let (spec, config) = (&self.spec, &self.shared.config);
+            let mesh = self.shared.mesh.load();
+            let trust_domain = mesh.local_trust_domain().unwrap_or(&config.trust_domain);
+            let identity = Identity::new(trust_domain, &spec.namespace, &spec.service_account);
+            tracing::info!(
+                name = spec.name,
+                namespace = spec.namespace,
+                "the pod sends before its record has arrived, as {identity}"
+            );
+            Arc::new(Workload {
+                name: spec.name.as_str().into(),
+                network: config.network.as_str().into(),
+                node: config.node.as_str().into(),
+                cluster_id: config.cluster_id.as_str().into(),
+                ..Workload::of(identity)
+            })
+        });
+        workload.clone()
     }
 
     /// The pod's own workload record; waits a bounded time for it to arrive.

@@ -13,6 +13,7 @@ use crate::dns::answer::{self, Resolution, Settings};
 use crate::dns::forward::{self, Sockets, forward};
 use crate::dns::server::{self, Question, Resolver, Transport};
 use crate::node::sockets;
+use crate::xds::names;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
@@ -74,8 +75,18 @@ impl PodResolver {
 
 impl Resolver for PodResolver {
     async fn resolve(&self, question: &Question) -> Result<Resolution, String> {
-        let client = self.pod.workload().await.map_err(|error| error.text)?;
-        let mesh = self.pod.shared.mesh.load();
+        let client = self.pod.sender();
+        let shared = &self.pod.shared;
+        if shared.demand.is_needed() {
+            let domain = &self.settings.domain;
+            for key in names::keys(&question.name, &client.namespace, domain) {
+                let known = shared.mesh.load().has(&key);
+                if !known {
+                    shared.demand.fetch(&key).await;
+                }
+            }
+        }
+        let mesh = shared.mesh.load();
         let v6 = question.kind == RecordType::AAAA;
         Ok(answer::resolve(
             &mesh,

@@ -10,6 +10,7 @@ use prost_types::value::Kind;
 use prost_types::{Struct, Value};
 use tonic::{Code, Status};
 
+use super::demand::Interest;
 use super::names::Names;
 use super::{policies, resources, stream};
 use crate::config::Config;
@@ -27,6 +28,9 @@ use crate::telemetry::Telemetry;
 pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
 /// The type URL of policies.
 pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
+
+/// The name of all resources.
+const EVERYTHING: &str = "*";
 
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
@@ -50,6 +54,10 @@ pub struct Client {
     /// Whether each type has arrived whole.
     complete: [bool; 2],
     synced: Option<Box<dyn FnOnce() + Send>>,
+    /// What is asked for, unless everything is sent ahead.
+    interest: Option<Interest>,
+    /// Names that are not subscribed to any more, which the control plane has yet to be told.
+    forgotten: Vec<String>,
     connections: u64,
 }
 
@@ -71,6 +79,7 @@ impl Client {
         credentials: Credentials,
         mesh: Rc<MeshWriter>,
         telemetry: Arc<Telemetry>,
+        interest: Option<Interest>,
         synced: impl FnOnce() + Send + 'static,
     ) -> Self {
         Self {
@@ -81,7 +90,10 @@ impl Client {
             telemetry,
             held: Default::default(),
             names: Names::default(),
-            complete: [false; 2],
+            // What is asked for when it is needed is never whole.
+            complete: [interest.is_some(), false],
+            interest,
+            forgotten: Vec::new(),
             synced: Some(Box::new(synced)),
             connections: 0,
         }
@@ -154,9 +166,18 @@ impl Client {
         // Never blocks for long: only as many answers are outstanding as there are types.
         let (requests, outgoing) = tokio::sync::mpsc::channel(16);
         for (index, type_url) in [ADDRESS_TYPE, AUTHORIZATION_TYPE].into_iter().enumerate() {
+            let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
+            if let Some(interest) = self.interest.as_ref().filter(|_| index == 0) {
+                // Together: nothing but what is named.
+                subscribe = vec![EVERYTHING.to_string()];
+                unsubscribe = subscribe.clone();
+                subscribe.extend(interest.subscribed());
+            }
             let first = DeltaDiscoveryRequest {
                 node: Some(self.node.clone()),
                 type_url: type_url.to_string(),
+                resource_names_subscribe: subscribe,
+                resource_names_unsubscribe: unsubscribe,
                 initial_resource_versions: self.held[index]
                     .iter()
                     .map(|(name, version)| (name.to_string(), version.to_string()))
@@ -173,13 +194,25 @@ impl Client {
         };
         tracing::info!(id = self.connections, "Stream established");
         loop {
-            let response = match responses.next().await {
-                Ok(Some(response)) => response,
-                Ok(None) => return End::Complete,
-                Err(status) => return End::Status(status),
+            let next = async {
+                match &mut self.interest {
+                    Some(interest) => interest.next().await,
+                    None => None,
+                }
             };
-            let answer = self.take(response);
-            if requests.send(answer).await.is_err() {
+            let request = tokio::select! {
+                Some(key) = next => DeltaDiscoveryRequest {
+                    type_url: ADDRESS_TYPE.to_string(),
+                    resource_names_subscribe: vec![key],
+                    ..Default::default()
+                },
+                response = responses.next() => match response {
+                    Ok(Some(response)) => self.take(response),
+                    Ok(None) => return End::Complete,
+                    Err(status) => return End::Status(status),
+                },
+            };
+            if requests.send(request).await.is_err() {
                 return End::Complete;
             }
         }
@@ -208,6 +241,7 @@ impl Client {
         );
         let nonce = response.nonce.clone();
         let many = response.resources.len() >= MANY;
+        let is_address = type_url == ADDRESS_TYPE;
         let rejected = match &*type_url {
             ADDRESS_TYPE => self.take_addresses(response),
             AUTHORIZATION_TYPE => self.take_policies(response),
@@ -232,17 +266,34 @@ impl Client {
             type_url,
             response_nonce: nonce,
             error_detail,
+            resource_names_unsubscribe: match is_address {
+                true => std::mem::take(&mut self.forgotten),
+                false => Vec::new(),
+            },
             ..Default::default()
         }
     }
 
     fn take_addresses(&mut self, response: DeltaDiscoveryResponse) -> Vec<String> {
         let (mut upserts, mut rejected) = (Vec::new(), Vec::new());
-        let removals = response.removed_resources;
+        let mut removals = response.removed_resources;
+        let mut there = Vec::new();
+        let missing = match &self.interest {
+            // What was asked for and is not there comes as removed, too.
+            Some(_) => removals.clone(),
+            None => Vec::new(),
+        };
+        if self.interest.is_some() {
+            removals.retain(|name| self.held[0].contains_key(name.as_str()));
+        }
         removals
             .iter()
             .for_each(|name| drop(self.held[0].remove(name.as_str())));
-        for resource in response.resources {
+        for mut resource in response.resources {
+            if self.interest.is_some() {
+                there.push(resource.name.clone());
+                there.append(&mut resource.aliases);
+            }
             let names = &mut self.names;
             let read = decode::<workload::Address>(&resource)
                 .and_then(|address| resources::address(address, names));
@@ -263,6 +314,10 @@ impl Client {
         }
         self.mesh.apply_addresses(upserts, &removals);
         self.arrived(0, rejected.is_empty());
+        if let Some(interest) = &mut self.interest {
+            let there = there.iter().map(String::as_str);
+            self.forgotten.extend(interest.answered(there, &missing));
+        }
         rejected
     }
 

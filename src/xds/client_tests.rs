@@ -50,6 +50,7 @@ fn fixture() -> Fixture {
             Certificates::new(Arc::new(Nobody)),
         )),
         Arc::new(Telemetry::new("test")),
+        None,
         move || told.store(true, Ordering::SeqCst),
     );
     Fixture {

@@ -64,6 +64,22 @@ impl Names {
     }
 }
 
+/// The resource names under which a control plane may have the service of a hostname: its namespace is part of the name
+/// of a Kubernetes service, else it is taken to be the client's own.
+pub fn keys(hostname: &str, client: &str, domain: &str) -> Vec<String> {
+    let kubernetes = hostname
+        .strip_suffix(domain)
+        .and_then(|rest| rest.strip_suffix(".svc."));
+    match kubernetes.map(|rest| rest.split('.').collect::<Vec<_>>()) {
+        Some(labels) => match labels[..] {
+            [_, namespace] => vec![format!("{namespace}/{hostname}")],
+            // Some search domain's attempt.
+            _ => Vec::new(),
+        },
+        None => vec![format!("{client}/{hostname}")],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +92,16 @@ mod tests {
         let new = || Identity::new("td", "a", "b");
         let (first, second) = (names.identity(new()), names.identity(new()));
         assert_eq!(first.as_str().as_ptr(), second.as_str().as_ptr());
+    }
+
+    #[test]
+    fn a_hostname_tells_the_namespace_of_a_kubernetes_service() {
+        let keys = |hostname| super::keys(hostname, "a", "cluster.local");
+        assert_eq!(
+            keys("web.b.svc.cluster.local"),
+            ["b/web.b.svc.cluster.local"]
+        );
+        assert_eq!(keys("example.com"), ["a/example.com"]);
+        assert!(keys("example.com.a.svc.cluster.local").is_empty());
     }
 }

@@ -8,6 +8,7 @@ mod hostile;
 mod life;
 mod modes;
 mod networks;
+mod ondemand;
 mod outbound;
 mod pods;
 mod python;

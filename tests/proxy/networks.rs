@@ -32,14 +32,14 @@ services:
 "#;
 
 /// Two networks; none without root. The gateway passes the streams of the near one on to the pod of the far one.
-async fn networks(name: &str, account: &str) -> Option<(Rc<Proxy>, Rc<Proxy>)> {
-    let near = [
+async fn networks(name: &str, state: &str, account: &str) -> Option<(Rc<Proxy>, Rc<Proxy>)> {
+    let variables = [
         ("PROXY_MODE", "dedicated"),
         ("PROXY_WORKLOAD_INFO", "a/curl/curl"),
         ("UNSTABLE_ENABLE_SOCKS5", "true"),
     ];
-    let state = NEAR.replace("$SA", account);
-    let near = Rc::new(Proxy::alone(&format!("{name}-near"), &near, &state).await?);
+    let state = state.replace("$SA", account);
+    let near = Rc::new(Proxy::alone(&format!("{name}-near"), &variables, &state).await?);
     near.shell(&format!("ip addr add {GATEWAY}/32 dev eth0"));
     let shared = near.folder().to_str().unwrap();
     let far = [
@@ -100,7 +100,7 @@ async fn ask(near: &Proxy) -> (u8, tokio::net::TcpStream) {
 async fn a_flow_reaches_another_network_and_both_logs_name_both_ends() {
     LocalSet::new()
         .run_until(async {
-            let Some((near, far)) = networks("networks", "web").await else {
+            let Some((near, far)) = networks("networks", NEAR, "web").await else {
                 return;
             };
             echo(far.listen(8080));
@@ -161,7 +161,7 @@ async fn a_flow_reaches_another_network_and_both_logs_name_both_ends() {
 async fn whoever_answers_behind_a_gateway_without_the_services_identity_is_refused() {
     LocalSet::new()
         .run_until(async {
-            let Some((near, _far)) = networks("impostor", "other").await else {
+            let Some((near, _far)) = networks("impostor", NEAR, "other").await else {
                 return;
             };
             assert_eq!(ask(&near).await.0, 5);
@@ -172,6 +172,28 @@ async fn whoever_answers_behind_a_gateway_without_the_services_identity_is_refus
                 "peer did not present the expected SAN (spiffe://cluster.local/ns/b/sa/other), got spiffe://cluster.local/ns/b/sa/web",
             ])
             .await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_pod_whose_record_has_not_arrived_can_already_send() {
+    LocalSet::new()
+        .run_until(async {
+            let line = "- {namespace: a, name: curl, ";
+            let without: String = NEAR
+                .split_inclusive('\n')
+                .filter(|text| !text.starts_with(line) && !text.contains("canonicalName: curl-app"))
+                .collect();
+            let Some((near, far)) = networks("early", &without, "web").await else {
+                return;
+            };
+            echo(far.listen(8080));
+            assert_eq!(ask(&near).await.0, 0);
+            far.logged(&["direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/a/sa/curl\""])
+                .await;
+            near.logged(&["the pod sends before its record has arrived, as spiffe://cluster.local/ns/a/sa/curl"])
+                .await;
         })
         .await;
 }
