@@ -34,6 +34,11 @@ pub struct Listeners {
 /// Which address could not be bound, and why.
 pub fn listen(netns: &PodNetns, config: &Config) -> io::Result<Vec<Listeners>> {
     netns.run(|| {
+        // Connections that arrive while a proxy closes its listener go on to that of its successor. Where this cannot be
+        // set, only the queue is emptied before.
+        if config.mode == Mode::Shared {
+            let _ = std::fs::write("/proc/sys/net/ipv4/tcp_migrate_req", "1");
+        }
         let families = Families {
             // One socket takes both families, even where the pod has an address of only one.
             wildcard: if config.ipv6 && Socket::new(Domain::IPV6, Type::STREAM, None).is_ok() {
@@ -63,6 +68,17 @@ pub fn listen_for_own(config: &Config) -> io::Result<Vec<Listeners>> {
         })
     };
     (0..config.workers).map(one).collect()
+}
+
+/// Whether a namespace still has a way to others: that of a pod that is gone has only its loopback left.
+pub fn is_connected(netns: &PodNetns) -> bool {
+    let interfaces = netns.run(|| Ok(nix::net::if_::if_nameindex()?));
+    interfaces.is_ok_and(|interfaces| {
+        interfaces
+            .to_slice()
+            .iter()
+            .any(|interface| interface.name() != c"lo")
+    })
 }
 
 /// What can be listened to in a pod.

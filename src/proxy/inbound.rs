@@ -1,7 +1,9 @@
 //! HBONE arrivals at a pod: accept the tunnel, judge every CONNECT, hand it to the application.
 
+use std::cell::Cell;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use hbone::{AcceptError, Authority, Incoming, Stream};
 use tokio::io::AsyncWriteExt;
@@ -17,6 +19,9 @@ use super::{Accepted, Refusal};
 use crate::policy::{Context, Verdict};
 use crate::telemetry::{Direction, Flow, FlowError, Reason};
 use crate::xds::names;
+
+/// How long the client of a new tunnel may take to ask for its first stream while the proxy stops.
+const FIRST_STREAM: Duration = Duration::from_secs(1);
 
 /// The error of a flow that a policy update no longer allows.
 pub fn policy_change() -> FlowError {
@@ -63,13 +68,21 @@ pub async fn serve(pod: Rc<Pod>, accepted: Accepted) {
         identity: tunnel.peer().cloned(),
     });
     let mut streams = JoinSet::new();
-    let draining = pod.drain.reached(Stage::Draining);
+    let fresh = Cell::new(true);
+    let draining = async {
+        pod.drain.reached(Stage::Draining).await;
+        // Who has just come gets its flow served, rather than being sent away with it.
+        if fresh.get() {
+            tokio::time::sleep(FIRST_STREAM).await;
+        }
+    };
     tokio::pin!(draining);
     let mut told = false;
     loop {
         tokio::select! {
             incoming = tunnel.next() => match incoming {
                 Some(incoming) => {
+                    fresh.set(false);
                     streams.spawn_local(serve_stream(pod.clone(), peer.clone(), incoming));
                 }
                 None => break,

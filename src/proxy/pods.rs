@@ -214,7 +214,21 @@ impl Pods {
     }
 
     async fn cut(&self, uid: &str) {
-        futures_util::future::join_all(self.workers.iter().map(|worker| worker.remove(uid))).await;
+        let cut = self
+            .workers
+            .iter()
+            .map(|worker| worker.remove(uid, Duration::ZERO));
+        futures_util::future::join_all(cut).await;
+    }
+
+    /// Lets a pod's flows end by themselves for a while, in the background.
+    fn drain(&self, uid: &str) {
+        let deadline = self.shared.config.termination_deadline;
+        let (workers, uid) = (self.workers.clone(), uid.to_string());
+        tokio::task::spawn_local(async move {
+            let drain = workers.iter().map(|worker| worker.remove(&uid, deadline));
+            futures_util::future::join_all(drain).await;
+        });
     }
 }
 
@@ -276,7 +290,11 @@ impl PodHandler for Pods {
             namespace = spec.namespace,
             "pod delete request, shutting down proxy"
         );
-        self.cut(uid).await;
+        // A pod that goes on living was only taken out of the mesh; its flows need not break for that.
+        match sockets::is_connected(&spec.netns) {
+            true => self.drain(uid),
+            false => self.cut(uid).await,
+        }
         self.telemetry().add(
             "workload_manager_proxies_stopped",
             "The total number of proxies that were stopped (unstable)",

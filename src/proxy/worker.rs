@@ -26,8 +26,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 enum Command {
     Add(Arc<PodSpec>, Listeners, oneshot::Sender<io::Result<()>>),
-    /// Ends a pod's proxy at `Stage`; answered when nothing of it is left.
-    Remove(String, Stage, oneshot::Sender<()>),
+    /// Ends a pod's proxy, its flows after that time at the latest; answered when nothing of it is left.
+    Remove(String, Duration, oneshot::Sender<()>),
     /// Ends every pod's proxy gracefully within the deadline.
     Stop(Duration, oneshot::Sender<()>),
     Ask(Box<dyn FnOnce(&Running) + Send>),
@@ -38,6 +38,7 @@ enum Command {
 pub struct Running(HashMap<String, RunningPod>);
 
 /// The control thread's end of a worker.
+#[derive(Clone)]
 pub struct Worker(mpsc::UnboundedSender<Command>);
 
 impl Worker {
@@ -68,14 +69,11 @@ impl Worker {
         answer.await.map_err(|_| gone())?
     }
 
-    /// Cuts whatever the pod's proxy still carries.
-    pub async fn remove(&self, uid: &str) {
+    /// Ends the pod's proxy; what it still carries is cut after `deadline`.
+    pub async fn remove(&self, uid: &str, deadline: Duration) {
         let (reply, answer) = oneshot::channel();
-        if self
-            .0
-            .send(Command::Remove(uid.to_string(), Stage::Cut, reply))
-            .is_ok()
-        {
+        let remove = Command::Remove(uid.to_string(), deadline, reply);
+        if self.0.send(remove).is_ok() {
             let _ = answer.await;
         }
     }
@@ -154,10 +152,14 @@ async fn run(shared: Rc<Shared>, mut commands: mpsc::UnboundedReceiver<Command>)
                     pods.0.insert(uid, running);
                 }));
             }
-            Command::Remove(uid, stage, reply) => {
+            Command::Remove(uid, deadline, reply) => {
                 if let Some(running) = pods.0.remove(&uid) {
-                    running.handle.advance(stage);
                     tokio::task::spawn_local(async move {
+                        if !deadline.is_zero() {
+                            running.handle.advance(Stage::Draining);
+                            let _ = tokio::time::timeout(deadline, running.ended.wait()).await;
+                        }
+                        running.handle.advance(Stage::Cut);
                         running.ended.wait().await;
                         let _ = reply.send(());
                     });
@@ -304,13 +306,36 @@ where
             }
         }
     }
-    drop(listener);
+    // Whoever waits in the queue of a closing listener would be reset.
+    for (socket, client) in waiting(listener) {
+        if let Ok(place) = pod.spec.budget.admit() {
+            let accepted = Accepted {
+                socket,
+                client: hbone::canonical(client),
+                held: (pod.shared.telemetry.socket(direction), place),
+            };
+            flows.spawn_local(serve(pod.clone(), accepted));
+        }
+    }
     let ended = async { while flows.join_next().await.is_some() {} };
     tokio::select! {
         () = ended => {}
         () = pod.drain.reached(Stage::Cut) => {}
     }
     flows.shutdown().await;
+}
+
+/// Closes a listener; gives the connections that wait in its queue.
+fn waiting(listener: TcpListener) -> Vec<(TcpStream, SocketAddr)> {
+    let Ok(listener) = listener.into_std() else {
+        return Vec::new();
+    };
+    let queue = std::iter::from_fn(|| listener.accept().ok());
+    let ready = queue.filter_map(|(socket, client)| {
+        socket.set_nonblocking(true).ok()?;
+        Some((TcpStream::from_std(socket).ok()?, client))
+    });
+    ready.collect()
 }
 
 /// Resets a connection for which there is no room.

@@ -194,6 +194,18 @@ impl Proxy {
         std::fs::rename(scratch, self.folder.join("state.yaml")).unwrap();
     }
 
+    /// Tells the proxy to stop.
+    pub fn ask_to_stop(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.process.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    }
+
+    /// Ends the proxy without a word.
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
     /// Runs a shell command in the pod's namespace.
     pub fn shell(&self, text: &str) {
         let mut command = Command::new("sh");
@@ -245,8 +257,7 @@ impl Proxy {
 
     /// Tells the proxy to stop; gives its exit code.
     pub async fn terminate(&mut self) -> Option<i32> {
-        let pid = nix::unistd::Pid::from_raw(self.process.id() as i32);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.ask_to_stop();
         self.ended().await
     }
 
