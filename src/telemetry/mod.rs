@@ -6,6 +6,7 @@ mod flow;
 mod lines;
 pub mod log;
 pub mod metrics;
+mod runtimes;
 mod series;
 mod sink;
 pub mod time;
