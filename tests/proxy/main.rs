@@ -4,5 +4,6 @@ mod harness;
 mod hostile;
 mod life;
 mod outbound;
+mod profiles;
 mod soak;
 mod tunnel;
