@@ -14,6 +14,7 @@ pub mod mesh;
 pub mod mesh_feed;
 pub mod node;
 pub mod policy;
+pub mod profile;
 pub mod proto;
 pub mod proxy;
 pub mod telemetry;

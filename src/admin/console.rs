@@ -6,20 +6,21 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 
 use super::http::{Reply, Request};
+use super::profiles;
 use crate::telemetry::log::{self, LevelError};
 
 const PAGES: [(&str, &str); 6] = [
     (
         "debug/pprof/profile",
-        "CPU profile (not built into this version)",
+        "CPU profile for pprof (?seconds=1..300&amp;frequency=1..1000)",
     ),
     (
         "debug/pprof/heap",
-        "heap profile (not built into this version)",
+        "heap profile for pprof, once heap profiling is active",
     ),
     (
         "debug/pprof/heap/profiling",
-        "switch heap profiling (not built into this version)",
+        "switch heap profiling (?activate=true|false)",
     ),
     ("quitquitquit", "shut down the server (POST)"),
     ("config_dump", "dump the current configuration and state"),
@@ -54,12 +55,9 @@ pub async fn answer<C: Console>(console: Rc<C>, quit: Arc<Notify>, request: Requ
             Reply::text(200, "shutdown now\n")
         }
         ("/quitquitquit", _) => Reply::empty(405),
-        ("/debug/pprof/profile", _) => {
-            Reply::text(501, "CPU profiling is not built into this version\n")
-        }
-        ("/debug/pprof/heap" | "/debug/pprof/heap/profiling", _) => {
-            Reply::text(500, "jemalloc not enabled")
-        }
+        ("/debug/pprof/profile", _) => profiles::cpu(&request).await,
+        ("/debug/pprof/heap", _) => profiles::heap().await,
+        ("/debug/pprof/heap/profiling", _) => profiles::heap_profiling(&request),
         _ => Reply::empty(404),
     }
 }

@@ -3,4 +3,5 @@
 pub mod config_dump;
 pub mod console;
 pub mod http;
+pub mod profiles;
 pub mod ready;

@@ -12,8 +12,9 @@ use std::time::Duration;
 use hbone::Engine;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::runtime::LocalRuntime;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::task::{JoinSet, LocalSet};
+use tokio::task::JoinSet;
 
 use super::drain::{Drain, DrainHandle, Stage, drain};
 use super::pod::{Pod, PodSpec, Shared};
@@ -48,15 +49,20 @@ impl Worker {
     /// When the thread or its runtime cannot be made.
     pub fn start(index: usize, shared: Shared) -> io::Result<Self> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let telemetry = shared.telemetry.clone();
+        let (started, outcome) = std::sync::mpsc::channel();
         std::thread::Builder::new()
             .name(format!("worker-{index}"))
-            .spawn(move || {
-                let local = LocalSet::new();
-                local.block_on(&runtime, run(Rc::new(shared), receiver));
+            // The runtime is made where it is used, because it counts its tasks only if they are tied to its thread.
+            .spawn(move || match LocalRuntime::new() {
+                Ok(runtime) => {
+                    let _ = started.send(Ok(runtime.handle().metrics()));
+                    runtime.block_on(run(Rc::new(shared), receiver));
+                }
+                Err(error) => drop(started.send(Err(error))),
             })?;
+        let metrics = outcome.recv().map_err(io::Error::other)??;
+        telemetry.watch(metrics);
         Ok(Self(sender))
     }
 

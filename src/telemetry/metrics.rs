@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use tokio::runtime::RuntimeMetrics;
+
 use super::flow::Direction;
 use super::reason::Reason;
+use super::runtimes;
 use super::series::{Series, SeriesTable};
 use super::sink::Sink;
 
@@ -45,6 +48,8 @@ pub struct Telemetry {
     histograms: Mutex<BTreeMap<&'static str, HistogramFamily>>,
     gauges: Mutex<BTreeMap<&'static str, Gauge>>,
     sockets: [AtomicI64; 2],
+    /// Those of the workers, in their order.
+    runtimes: Mutex<Vec<RuntimeMetrics>>,
 }
 
 /// An accepted socket, counted while it lives.
@@ -74,7 +79,13 @@ impl Telemetry {
             histograms: Mutex::default(),
             gauges: Mutex::default(),
             sockets: Default::default(),
+            runtimes: Mutex::default(),
         }
+    }
+
+    /// Tells of a further worker's runtime from now on.
+    pub fn watch(&self, runtime: RuntimeMetrics) {
+        lock(&self.runtimes).push(runtime);
     }
 
     /// Counts an accepted socket until the guard is dropped.
@@ -143,15 +154,36 @@ impl Telemetry {
     pub fn encode(&self) -> String {
         let mut text = String::with_capacity(8192);
         self.encode_process(&mut text);
+        runtimes::encode(&mut text, &lock(&self.runtimes));
         self.encode_traffic(&mut text);
-        for (name, family) in lock(&self.counters).iter() {
-            head(&mut text, name, "counter", family.help);
+        self.encode_counters(&mut text, false);
+        self.encode_histograms(&mut text);
+        self.encode_counters(&mut text, true);
+        for (name, (help, value)) in lock(&self.gauges).iter() {
+            head(&mut text, name, "gauge", help);
+            let _ = writeln!(text, "{name} {value}");
+        }
+        text.push_str("# EOF\n");
+        text
+    }
+
+    /// The counters of the pods' management, which come last (`proxy.md §8`), or the others.
+    fn encode_counters(&self, text: &mut String, manager: bool) {
+        let counters = lock(&self.counters);
+        for (name, family) in counters.iter() {
+            if name.starts_with("workload_manager_") != manager {
+                continue;
+            }
+            head(text, name, "counter", family.help);
             for (labels, value) in &family.samples {
                 let _ = writeln!(text, "{name}_total{} {value}", braced(labels));
             }
         }
+    }
+
+    fn encode_histograms(&self, text: &mut String) {
         for (name, (help, family)) in lock(&self.histograms).iter() {
-            head(&mut text, name, "histogram", help);
+            head(text, name, "histogram", help);
             for (labels, histogram) in family {
                 let comma = if labels.is_empty() { "" } else { "," };
                 for (bound, count) in BUCKETS.iter().zip(histogram.counts) {
@@ -169,12 +201,6 @@ impl Telemetry {
                 let _ = writeln!(text, "{name}_count{} {}", braced(labels), histogram.count);
             }
         }
-        for (name, (help, value)) in lock(&self.gauges).iter() {
-            head(&mut text, name, "gauge", help);
-            let _ = writeln!(text, "{name} {value}");
-        }
-        text.push_str("# EOF\n");
-        text
     }
 
     fn encode_process(&self, text: &mut String) {
@@ -296,7 +322,7 @@ impl Telemetry {
     }
 }
 
-fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+pub(super) fn head(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(text, "# HELP {name} {help}.\n# TYPE {name} {kind}");
 }
 

@@ -7,6 +7,7 @@ mod lines;
 pub mod log;
 pub mod metrics;
 mod reason;
+mod runtimes;
 mod series;
 mod sink;
 pub mod time;

@@ -278,26 +278,26 @@ impl Proxy {
 
     /// An HTTP endpoint of the proxy: status and body.
     pub async fn http(&self, method: &str, port: u16, path: &str) -> (u16, String) {
+        let (status, body) = self.fetch(method, port, path).await;
+        (status, String::from_utf8(body).unwrap())
+    }
+
+    /// The same for a body that is no text.
+    pub async fn fetch(&self, method: &str, port: u16, path: &str) -> (u16, Vec<u8>) {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = self.connect(&format!("127.0.0.1:{port}")).await.unwrap();
         let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut text = String::new();
-        tokio::time::timeout(SOON, stream.read_to_string(&mut text))
+        let mut answer = Vec::new();
+        tokio::time::timeout(SOON, stream.read_to_end(&mut answer))
             .await
             .unwrap()
             .unwrap();
-        let status = text
-            .split(' ')
-            .nth(1)
-            .and_then(|code| code.parse().ok())
-            .unwrap_or(0);
-        (
-            status,
-            text.split_once("\r\n\r\n")
-                .map(|(_, body)| body.to_string())
-                .unwrap_or_default(),
-        )
+        let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+        let body = end.map_or(Vec::new(), |end| answer[end + 4..].to_vec());
+        let head = String::from_utf8_lossy(&answer[..end.unwrap_or(0)]);
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+        (status.unwrap_or(0), body)
     }
 
     /// Waits until the proxy has logged a line that holds all of the texts; gives it.

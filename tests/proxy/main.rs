@@ -12,6 +12,7 @@ mod networks;
 mod ondemand;
 mod outbound;
 mod pods;
+mod profiles;
 mod python;
 mod soak;
 mod tunnel;
