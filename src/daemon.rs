@@ -18,6 +18,7 @@ use crate::admin::console::{self, Console};
 use crate::admin::http::{self, Reply};
 use crate::admin::ready::{Ready, Task};
 use crate::config::{Config, Mode};
+use crate::dns::hosts::Hosts;
 use crate::identity::channel::Peer;
 use crate::identity::fake_ca::FakeCa;
 use crate::identity::token::Credentials;
@@ -110,6 +111,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<ExitCode> {
         revocations,
         budget,
         demand,
+        hosts: Hosts::default(),
         config: config.clone(),
         mesh: mesh.clone(),
         certificates: certificates.clone(),

@@ -1,5 +1,6 @@
 //! Questions that the mesh cannot answer, passed on to the upstream servers as they came.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
@@ -7,15 +8,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, Record, RecordType};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-/// How long one server may take for one answer.
+/// How long all of it may take.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a server may be silent before the next one is asked as well.
+const SILENCE: Duration = Duration::from_millis(500);
 /// How often all servers are asked.
 const ATTEMPTS: usize = 2;
 /// The bytes before the question.
@@ -85,11 +90,11 @@ pub fn query(name: &str, kind: RecordType) -> io::Result<Vec<u8>> {
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))
 }
 
-/// The addresses in an answer.
+/// The addresses in an answer, and for how long they may be kept.
 ///
 /// # Errors
 /// When it is no answer, or one that says why there is none.
-pub fn addresses(answer: &[u8]) -> io::Result<Vec<IpAddr>> {
+pub fn addresses(answer: &[u8]) -> io::Result<(Vec<IpAddr>, Duration)> {
     let message = Message::from_vec(answer)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
     let code = message.metadata.response_code;
@@ -97,17 +102,38 @@ pub fn addresses(answer: &[u8]) -> io::Result<Vec<IpAddr>> {
         return Err(io::Error::new(io::ErrorKind::NotFound, code.to_string()));
     }
     let address = |record: &Record| record.data.ip_addr();
-    Ok(message.answers.iter().filter_map(address).collect())
+    // That of an alias on the way counts as well.
+    let shortest = message.answers.iter().map(|record| record.ttl).min();
+    let kept = Duration::from_secs(shortest.unwrap_or(0).into());
+    Ok((message.answers.iter().filter_map(address).collect(), kept))
 }
 
-/// Asks the servers in turn until one can answer; `id` is a random number for the question on its way up.
+/// The servers that questions go to, and which of them answered last.
+#[derive(Debug, Default)]
+pub struct Upstream {
+    servers: Vec<SocketAddr>,
+    first: Cell<usize>,
+}
+
+impl Upstream {
+    /// Servers in the order in which they are preferred.
+    pub fn new(servers: Vec<SocketAddr>) -> Self {
+        Self {
+            servers,
+            first: Cell::new(0),
+        }
+    }
+}
+
+/// Asks the servers until one can help, first the one that answered last; `id` is a random number for the question on its
+/// way up. A server that is silent for a moment is not waited for: the next one is asked as well.
 ///
 /// # Errors
-/// The last server's error, when none answers.
+/// The last server's error, when none answers in time.
 pub async fn forward(
     query: &[u8],
     id: u16,
-    servers: &[SocketAddr],
+    upstream: &Upstream,
     sockets: &impl Sockets,
 ) -> io::Result<Vec<u8>> {
     let Some(own_id) = query.get(..2) else {
@@ -115,28 +141,57 @@ pub async fn forward(
     };
     let mut asked = query.to_vec();
     asked[..2].copy_from_slice(&id.to_be_bytes());
-    let relayed = |mut answer: Vec<u8>| {
-        answer[..2].copy_from_slice(own_id);
-        set(&mut answer, AUTHORITATIVE, false);
-        set(&mut answer, AUTHENTIC, false);
-        set(&mut answer, RECURSION, true);
-        answer
-    };
+    let mut answer = first_help(&asked, upstream, sockets).await?;
+    answer[..2].copy_from_slice(own_id);
+    set(&mut answer, AUTHORITATIVE, false);
+    set(&mut answer, AUTHENTIC, false);
+    set(&mut answer, RECURSION, true);
+    Ok(answer)
+}
+
+/// The first answer that helps, else the last that does not.
+async fn first_help(
+    query: &[u8],
+    upstream: &Upstream,
+    sockets: &impl Sockets,
+) -> io::Result<Vec<u8>> {
+    let (servers, first) = (&upstream.servers, upstream.first.get());
+    let mut rest = (0..servers.len() * ATTEMPTS).map(|turn| (first + turn) % servers.len());
+    let mut asking = FuturesUnordered::new();
+    let mut unhelpful = None;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "there is no upstream server");
-    for _ in 0..ATTEMPTS {
-        let mut unhelpful = None;
-        for server in servers {
-            match ask(&asked, *server, sockets).await {
-                Ok(answer) if UNHELPFUL.contains(&code(&answer)) => unhelpful = Some(answer),
-                Ok(answer) => return Ok(relayed(answer)),
-                Err(error) => last = error,
+    let limit = sleep(ANSWER);
+    tokio::pin!(limit);
+    let mut next = rest.next();
+    loop {
+        if let Some(place) = next.take() {
+            asking.push(async move { (place, ask(query, servers[place], sockets).await) });
+        }
+        tokio::select! {
+            Some((place, answer)) = asking.next() => match answer {
+                Ok(answer) if !UNHELPFUL.contains(&code(&answer)) => {
+                    upstream.first.set(place);
+                    return Ok(answer);
+                }
+                Ok(answer) => {
+                    unhelpful = Some(answer);
+                    next = rest.next();
+                }
+                Err(error) => {
+                    last = error;
+                    next = rest.next();
+                }
+            },
+            () = sleep(SILENCE), if rest.len() > 0 => next = rest.next(),
+            () = &mut limit => {
+                last = io::ErrorKind::TimedOut.into();
+                asking.clear();
             }
         }
-        if let Some(answer) = unhelpful {
-            return Ok(relayed(answer));
+        if asking.is_empty() && next.is_none() {
+            return unhelpful.ok_or(last);
         }
     }
-    Err(last)
 }
 
 async fn ask(query: &[u8], server: SocketAddr, sockets: &impl Sockets) -> io::Result<Vec<u8>> {

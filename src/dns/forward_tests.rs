@@ -60,7 +60,7 @@ async fn guesses_are_ignored_and_the_clients_number_comes_back() {
             upstream.send_to(&packet, client).await.unwrap();
         }
     };
-    let servers = [address];
+    let servers = Upstream::new(vec![address]);
     let (answer, ()) = tokio::join!(forward(QUERY, 0xabcd, &servers, &Direct), serving);
     let answer = answer.unwrap();
     assert_eq!(answer[..2], [0, 1]);
@@ -87,7 +87,7 @@ async fn a_truncated_answer_is_asked_for_again_over_tcp() {
         long.extend([7; 2000]);
         stream.write_all(&framed(&long)).await.unwrap();
     };
-    let servers = [address];
+    let servers = Upstream::new(vec![address]);
     let (answer, ()) = tokio::join!(forward(QUERY, 9, &servers, &Direct), serving);
     assert_eq!(answer.unwrap().len(), QUERY.len() + 2000);
 }
@@ -100,7 +100,7 @@ async fn a_dead_server_gives_way_to_the_next() {
         .local_addr()
         .unwrap();
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let servers = [dead, upstream.local_addr().unwrap()];
+    let servers = Upstream::new(vec![dead, upstream.local_addr().unwrap()]);
     let serving = async {
         let mut buffer = [0; 512];
         let (length, client) = upstream.recv_from(&mut buffer).await.unwrap();
@@ -113,7 +113,11 @@ async fn a_dead_server_gives_way_to_the_next() {
     let (answer, ()) = tokio::join!(forward(QUERY, 9, &servers, &Direct), serving);
     answer.unwrap();
     assert!(start.elapsed() < ANSWER, "the refusal was noticed");
-    assert!(forward(QUERY, 9, &[], &Direct).await.is_err());
+    assert!(
+        forward(QUERY, 9, &Upstream::default(), &Direct)
+            .await
+            .is_err()
+    );
 }
 
 /// A server that answers every query with what `respond` makes of it.
@@ -130,7 +134,10 @@ async fn serving(upstream: UdpSocket, respond: impl Fn(&[u8]) -> Vec<u8>) {
 async fn after(first_code: u8, header_only: bool) -> io::Result<Vec<u8>> {
     let first = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let second = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let servers = [first.local_addr().unwrap(), second.local_addr().unwrap()];
+    let servers = Upstream::new(vec![
+        first.local_addr().unwrap(),
+        second.local_addr().unwrap(),
+    ]);
     let failing = serving(first, |query| {
         let mut answer = response(query, 0);
         answer[3] |= first_code;
@@ -166,7 +173,7 @@ async fn a_server_that_cannot_help_gives_way_to_the_next() {
 #[tokio::test]
 async fn when_nobody_can_help_the_client_hears_why() {
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let servers = [upstream.local_addr().unwrap()];
+    let servers = Upstream::new(vec![upstream.local_addr().unwrap()]);
     let refusing = serving(upstream, |query| {
         let mut answer = response(query, 0);
         answer[3] |= 5;
@@ -177,7 +184,7 @@ async fn when_nobody_can_help_the_client_hears_why() {
         () = refusing => unreachable!(),
     }
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let servers = [upstream.local_addr().unwrap()];
+    let servers = Upstream::new(vec![upstream.local_addr().unwrap()]);
     let refusing = serving(upstream, |query| {
         [&query[..2], &[0x81, 1, 0, 0, 0, 0, 0, 0, 0, 0]].concat()
     });
@@ -196,7 +203,7 @@ async fn when_nobody_can_help_the_client_hears_why() {
 #[tokio::test]
 async fn a_forwarded_answer_claims_no_more_than_we_know() {
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let servers = [upstream.local_addr().unwrap()];
+    let servers = Upstream::new(vec![upstream.local_addr().unwrap()]);
     let boasting = serving(upstream, |query| {
         let mut answer = response(query, 0x04);
         answer[3] |= 0x20;
@@ -247,4 +254,43 @@ fn no_message_is_too_odd_to_compare() {
         answers(&query, &message);
     }
     assert_eq!(answers(QUERY, &whole), Reply::Answer);
+}
+
+#[tokio::test]
+async fn a_silent_server_holds_nobody_up_and_is_not_asked_first_again() {
+    let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let second = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let servers = vec![silent.local_addr().unwrap(), second.local_addr().unwrap()];
+    let upstream = Upstream::new(servers);
+    let helping = serving(second, |query| response(query, 0));
+    let asking = async {
+        for _ in 0..3 {
+            forward(QUERY, 9, &upstream, &Direct).await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = asking => {}
+        () = helping => unreachable!(),
+    }
+    let mut buffer = [0; 512];
+    assert!(silent.try_recv(&mut buffer).is_ok());
+    assert!(silent.try_recv(&mut buffer).is_err(), "it was asked once");
+}
+
+#[test]
+fn the_addresses_of_an_answer_are_kept_as_long_as_its_shortest_record() {
+    use hickory_proto::rr::RData;
+    use hickory_proto::rr::rdata::{A, CNAME};
+    let name = |text| Name::from_ascii(text).unwrap();
+    let mut message = Message::new(1, MessageType::Response, OpCode::Query);
+    let alias = RData::CNAME(CNAME(name("b.")));
+    message.add_answer(Record::from_rdata(name("a."), 7, alias));
+    let address = RData::A(A(Ipv4Addr::new(10, 0, 0, 1)));
+    message.add_answer(Record::from_rdata(name("b."), 60, address));
+    let (found, kept) = addresses(&message.to_vec().unwrap()).unwrap();
+    assert_eq!(found, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+    assert_eq!(kept, Duration::from_secs(7));
+    message.metadata.response_code = ResponseCode::NXDomain;
+    assert!(addresses(&message.to_vec().unwrap()).is_err());
+    assert!(addresses(b"x").is_err());
 }

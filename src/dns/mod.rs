@@ -2,4 +2,5 @@
 
 pub mod answer;
 pub mod forward;
+pub mod hosts;
 pub mod server;

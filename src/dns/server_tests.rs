@@ -292,7 +292,8 @@ impl Resolver for InPod {
     }
 
     async fn forward(&self, query: &[u8], _: &Question) -> io::Result<Vec<u8>> {
-        forward::forward(query, forward::random_id(), &[self.upstream], self).await
+        let upstream = forward::Upstream::new(vec![self.upstream]);
+        forward::forward(query, forward::random_id(), &upstream, self).await
     }
 
     fn answered(&self, _: &Question, _: &str, _: usize) {}

@@ -1,5 +1,6 @@
 //! Which endpoint of a service takes a flow.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::service::{BalanceMode, Endpoint, HealthPolicy, LoadBalancer, Scope};
@@ -23,10 +24,24 @@ pub trait Choose {
     /// A number below `bound`.
     fn random(&mut self, bound: u64) -> u64;
 
+    /// The addresses of a workload that has only a hostname.
+    fn resolved(&mut self, _hostname: &str) -> Resolved {
+        Resolved::NotYet
+    }
+
     /// Whether a workload failed a moment ago, so that it is only taken when no other is left.
     fn is_shunned(&self, _workload_uid: &str) -> bool {
         false
     }
+}
+
+/// What the hostname of a workload resolves to, as far as that is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolved {
+    NotYet,
+    Failed,
+    /// Perhaps to nothing.
+    To(Arc<[IpAddr]>),
 }
 
 impl<F: FnMut(u64) -> u64> Choose for F {

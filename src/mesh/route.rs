@@ -7,7 +7,7 @@ use std::sync::Arc;
 use hbone::Identity;
 use thiserror::Error;
 
-use super::balance::{Chooser, Purpose, pick};
+use super::balance::{Chooser, Purpose, Resolved, pick};
 use super::service::{BalanceMode, IpFamilies, Service};
 use super::snapshot::{Address, Mesh, ServiceEntry};
 use super::workload::{GatewayAddress, GatewayDestination, Protocol, Workload};
@@ -53,6 +53,15 @@ pub enum RouteError {
     UnknownGateway(Unknown),
     #[error("no valid routing destination for workload: Workload{{{0}}}")]
     NoDestination(String),
+    /// The hostname has to be resolved first.
+    #[error("no ip addresses were resolved for workload: {uid}")]
+    NotResolved { uid: Arc<str>, hostname: Arc<str> },
+    #[error("no ip addresses were resolved for workload: {0}")]
+    Unresolvable(Arc<str>),
+    #[error(
+        "ip addresses were resolved for workload {0}, but valid dns response had no A/AAAA records"
+    )]
+    NoRecords(Arc<str>),
     #[error("no service for target address: {0}")]
     NoService(SocketAddr),
     #[error(
@@ -102,6 +111,36 @@ struct Upstream<'a> {
 }
 
 impl Upstream<'_> {
+    /// Where it is reached: its address, or one that its hostname resolves to, of the family asked for if there is one.
+    fn ip(&self, target: SocketAddr, chooser: Chooser<'_>) -> Result<IpAddr, RouteError> {
+        let workload = self.workload;
+        if let Some(ip) = self.ip {
+            return Ok(ip);
+        }
+        if workload.hostname.is_empty() {
+            return Err(RouteError::no_destination(workload));
+        }
+        let uid = workload.uid.clone();
+        let addresses = match chooser.resolved(&workload.hostname) {
+            Resolved::To(addresses) => addresses,
+            Resolved::Failed => return Err(RouteError::Unresolvable(uid)),
+            Resolved::NotYet => {
+                let hostname = workload.hostname.clone();
+                return Err(RouteError::NotResolved { uid, hostname });
+            }
+        };
+        let wanted = |ip: &&IpAddr| ip.is_ipv4() == target.is_ipv4();
+        let of_family: Vec<_> = addresses.iter().filter(wanted).collect();
+        let candidates = match of_family.is_empty() {
+            true => addresses.iter().collect(),
+            false => of_family,
+        };
+        match candidates.len() as u64 {
+            0 => Err(RouteError::NoRecords(uid)),
+            count => Ok(*candidates[chooser.random(count) as usize]),
+        }
+    }
+
     /// Whom the peer may prove to be: the workload itself, or what its service names.
     fn expected(&self) -> Vec<Identity> {
         let named = self
@@ -159,9 +198,7 @@ pub fn decide(
     {
         return to_waypoint(mesh, source, waypoint, target, upstream.service, chooser);
     }
-    let ip = upstream
-        .ip
-        .ok_or_else(|| RouteError::no_destination(upstream.workload))?;
+    let ip = upstream.ip(target, chooser)?;
     let service = upstream.service.cloned();
     let workload = Some(upstream.workload.clone());
     Ok(match upstream.workload.protocol {
@@ -218,9 +255,7 @@ fn to_waypoint(
     if upstream.workload.network != source.network {
         return to_gateway(mesh, source, &upstream, service, target, chooser);
     }
-    let ip = upstream
-        .ip
-        .ok_or_else(|| RouteError::no_destination(upstream.workload))?;
+    let ip = upstream.ip(target, chooser)?;
     Ok(Route {
         kind: RouteKind::Hbone,
         connect: SocketAddr::new(ip, upstream.port),
@@ -258,9 +293,7 @@ fn to_gateway(
         });
     }
     let upstream = resolve(mesh, source, gateway, Role::Gateway, target, chooser)?;
-    let ip = upstream
-        .ip
-        .ok_or_else(|| RouteError::no_destination(upstream.workload))?;
+    let ip = upstream.ip(target, chooser)?;
     Ok(Route {
         kind: RouteKind::Hbone,
         connect: SocketAddr::new(ip, upstream.port),

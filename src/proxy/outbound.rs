@@ -111,12 +111,12 @@ async fn open(
     flow.source(source.clone());
     let route = match learn(pod, &source, client, target).await {
         Ok(route) => route,
-        Err((error, service)) => {
-            if let Some(service) = service {
+        Err(unrouted) => {
+            if let Some(service) = unrouted.service {
                 flow.service(service);
             }
             flow.open();
-            return Err(Refusal::Failed(error));
+            return Err(Refusal::Failed(unrouted.error));
         }
     };
     let chosen = route.workload.as_ref().map(|workload| workload.uid.clone());
@@ -157,12 +157,53 @@ async fn learn(
     source: &Workload,
     client: SocketAddr,
     target: SocketAddr,
-) -> Result<Route, (FlowError, Option<Arc<Service>>)> {
+) -> Result<Route, Unrouted> {
     let demand = &pod.shared.demand;
     if demand.is_needed() {
         Box::pin(ask_ahead(pod, source, client, target)).await;
     }
-    choose(pod, source, client, target)
+    match choose(pod, source, client, target) {
+        Err(Unrouted {
+            hostname: Some(hostname),
+            ..
+        }) => Box::pin(resolve(pod, source, client, target, hostname)).await,
+        chosen => chosen,
+    }
+}
+
+/// Resolves the hostname of what was chosen, and of what is chosen then.
+async fn resolve(
+    pod: &Pod,
+    source: &Workload,
+    client: SocketAddr,
+    target: SocketAddr,
+    mut hostname: Arc<str>,
+) -> Result<Route, Unrouted> {
+    let mut steps = 0..STEPS;
+    loop {
+        let ipv6 = pod.shared.config.ipv6;
+        pod.shared.hosts.resolve(&hostname, ipv6).await;
+        let chosen = choose(pod, source, client, target);
+        match (&chosen, steps.next()) {
+            (
+                Err(Unrouted {
+                    hostname: Some(other),
+                    ..
+                }),
+                Some(_),
+            ) => hostname = other.clone(),
+            _ => return chosen,
+        }
+    }
+}
+
+/// Why a flow goes nowhere.
+struct Unrouted {
+    error: FlowError,
+    /// The service that was meant.
+    service: Option<Arc<Service>>,
+    /// What would have to be resolved first.
+    hostname: Option<Arc<str>>,
 }
 
 /// Asks for what the flow is addressed to, then for what that leads to.
@@ -192,12 +233,13 @@ fn choose(
     source: &Workload,
     client: SocketAddr,
     target: SocketAddr,
-) -> Result<Route, (FlowError, Option<Arc<Service>>)> {
+) -> Result<Route, Unrouted> {
     let mesh = pod.shared.mesh.load();
     let found = mesh.lookup(&source.network, &target.ip(), Some(&source.namespace));
-    let refused = |reason, text| {
-        let meant = found.and_then(Address::service);
-        (FlowError::new(reason, text), meant.cloned())
+    let refused = |reason, text| Unrouted {
+        error: FlowError::new(reason, text),
+        service: found.and_then(Address::service).cloned(),
+        hostname: None,
     };
     let known = || found.is_some();
     if let Err(refusal) = pod.shared.config.egress.judge(target, known) {
@@ -208,8 +250,13 @@ fn choose(
         let text = format!("connection closed due to policy rejection: {refusal}");
         return Err(refused(reason, text));
     }
-    route::decide(&mesh, source, client, target, &mut &*pod)
-        .map_err(|error| refused(unrouted(&error), error.to_string()))
+    route::decide(&mesh, source, client, target, &mut &*pod).map_err(|error| Unrouted {
+        hostname: match &error {
+            RouteError::NotResolved { hostname, .. } => Some(hostname.clone()),
+            _ => None,
+        },
+        ..refused(unrouted(&error), error.to_string())
+    })
 }
 
 fn unrouted(error: &RouteError) -> Reason {
@@ -217,7 +264,8 @@ fn unrouted(error: &RouteError) -> Reason {
         RouteError::NoHealthyUpstream(_) => Reason::NoEndpoint,
         RouteError::UnknownWaypoint(_) => Reason::NoWaypoint,
         RouteError::UnknownGateway(_) => Reason::NoGateway,
-        RouteError::NoDestination(_) => Reason::NoAddress,
+        RouteError::NoDestination(_) | RouteError::NoRecords(_) => Reason::NoAddress,
+        RouteError::NotResolved { .. } | RouteError::Unresolvable(_) => Reason::UnknownHost,
         RouteError::NoService(_) => Reason::NoService,
         RouteError::NobodyExpected { .. } => Reason::NobodyExpected,
     }
@@ -244,6 +292,9 @@ async fn attempt(
     });
     flow.dst_addr(route.connect);
     if let Some(workload) = &route.workload {
+        if workload.addresses.is_empty() && !workload.hostname.is_empty() {
+            count_resolution(pod, source, &workload.hostname);
+        }
         flow.destination(workload.clone());
     }
     if let Some(service) = &route.service {
@@ -251,6 +302,31 @@ async fn attempt(
     }
     let far = connect(pod, source, route, client, flow).await?;
     Ok((far, registration))
+}
+
+/// Counts a flow whose destination was found by resolving its hostname.
+fn count_resolution(pod: &Pod, source: &Workload, hostname: &str) {
+    let labels = [
+        ("source_workload", &*source.workload_name),
+        ("source_canonical_service", &source.canonical_name),
+        ("source_canonical_revision", &source.canonical_revision),
+        ("source_workload_namespace", &source.namespace),
+        ("source_principal", source.identity.as_str()),
+        ("source_app", &source.canonical_name),
+        ("source_version", &source.canonical_revision),
+        ("source_cluster", &source.cluster_id),
+        ("hostname", hostname),
+    ];
+    let labels = labels.map(|(name, value)| match value {
+        "" => (name, "unknown"),
+        value => (name, value),
+    });
+    pod.shared.telemetry.add(
+        "istio_on_demand_dns",
+        "The total number of requests that used on-demand DNS (unstable)",
+        &labels,
+        1,
+    );
 }
 
 /// Connects along the route; the error tells whether another endpoint may be tried.

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
+use crate::dns::hosts::{Host, Hosts};
 use crate::identity::Certificates;
 use crate::mesh::Workload;
-use crate::mesh::balance::Choose;
+use crate::mesh::balance::{Choose, Resolved};
 use crate::mesh_feed::SharedMesh;
 use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
@@ -45,6 +46,8 @@ pub struct Shared {
     pub budget: Arc<Budget>,
     /// Asks for what the mesh does not know yet.
     pub demand: Demand,
+    /// The addresses of workloads that have only a hostname.
+    pub hosts: Hosts,
 }
 
 /// A pod as the node agent announced it.
@@ -86,6 +89,14 @@ pub struct Pod {
 impl Choose for &Pod {
     fn random(&mut self, bound: u64) -> u64 {
         Pod::random(self, bound)
+    }
+
+    fn resolved(&mut self, hostname: &str) -> Resolved {
+        match self.shared.hosts.get(hostname) {
+            None => Resolved::NotYet,
+            Some(Host::Unresolved) => Resolved::Failed,
+            Some(Host::Addresses(addresses)) => Resolved::To(addresses),
+        }
     }
 
     fn is_shunned(&self, workload_uid: &str) -> bool {

@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use super::pod::Pod;
 use crate::dns::answer::{self, Resolution, Settings};
-use crate::dns::forward::{self, Sockets, forward};
+use crate::dns::forward::{self, Sockets, Upstream, forward};
 use crate::dns::server::{self, Question, Resolver, Transport};
 use crate::node::sockets;
 use crate::xds::names;
@@ -20,7 +20,7 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 struct PodResolver {
     pod: Rc<Pod>,
     settings: Settings,
-    upstream: Vec<SocketAddr>,
+    upstream: Upstream,
 }
 
 /// Answers the pod's captured DNS queries until dropped.
@@ -45,18 +45,19 @@ pub async fn lookup(pod: &Rc<Pod>, name: &str, v6: bool) -> io::Result<Vec<IpAdd
         Err(error) => return Err(io::Error::other(error)),
     }
     let query = forward::query(&question.name, question.kind)?;
-    forward::addresses(&resolver.forward(&query, &question).await?)
+    let answer = resolver.forward(&query, &question).await?;
+    Ok(forward::addresses(&answer)?.0)
 }
 
 impl PodResolver {
     fn new(pod: Rc<Pod>) -> Self {
         let upstream = match std::fs::read_to_string(RESOLV_CONF) {
-            Ok(text) => forward::servers(&text),
+            Ok(text) => Upstream::new(forward::servers(&text)),
             Err(error) => {
                 tracing::warn!(
                     "{RESOLV_CONF} cannot be read, names outside the mesh will not resolve: {error}"
                 );
-                Vec::new()
+                Upstream::default()
             }
         };
         let config = &pod.shared.config;

@@ -21,6 +21,8 @@ pub const POD: &str = "10.0.0.9";
 /// The address of another pod, from which the tests call.
 pub const CLIENT: &str = "10.0.0.1";
 const WARREN: &str = env!("CARGO_BIN_EXE_warren");
+/// Not a variable of the proxy: the text of its `/etc/resolv.conf`.
+pub const RESOLV_CONF: &str = "RESOLV_CONF";
 /// How long anything may take that ought to happen soon.
 const SOON: Duration = Duration::from_secs(20);
 
@@ -79,7 +81,7 @@ impl Node {
         })
         .await;
         let agent = ZdsServer::bind(&folder.join("zds.sock")).unwrap();
-        let mut command = proxy_command();
+        let mut command = proxy_command(&[WARREN]);
         command
             .env("XDS_ADDRESS", "https://127.0.0.1:15012")
             .env("CA_ADDRESS", "https://127.0.0.1:15012")
@@ -367,7 +369,17 @@ fn place(name: &str) -> Option<(File, PathBuf)> {
 }
 
 fn alone(folder: &Path, variables: &[(&str, &str)]) -> Command {
-    let mut command = proxy_command();
+    let resolv_conf = variables.iter().find(|(name, _)| *name == RESOLV_CONF);
+    let mut command = match resolv_conf {
+        None => proxy_command(&[WARREN]),
+        Some((_, text)) => {
+            let file = folder.join("resolv.conf");
+            std::fs::write(&file, text).unwrap();
+            let mount = "mount --bind $0 /etc/resolv.conf && exec $@";
+            let file = file.to_str().unwrap();
+            proxy_command(&["unshare", "--mount", "sh", "-ec", mount, file, WARREN])
+        }
+    };
     command
         .env("TMPDIR", folder)
         .env("LOCAL_XDS_PATH", folder.join("state.yaml"))
@@ -379,9 +391,10 @@ fn alone(folder: &Path, variables: &[(&str, &str)]) -> Command {
     command
 }
 
-fn proxy_command() -> Command {
-    let mut command = Command::new(WARREN);
+fn proxy_command(program: &[&str]) -> Command {
+    let mut command = Command::new(program[0]);
     command
+        .args(&program[1..])
         .args(["proxy", "ztunnel"])
         .env_clear()
         .env("PATH", std::env::var("PATH").unwrap());

@@ -8,6 +8,7 @@ mod harness;
 mod hostile;
 mod life;
 mod modes;
+mod names;
 mod networks;
 mod ondemand;
 mod outbound;
