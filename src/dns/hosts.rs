@@ -29,7 +29,10 @@ pub enum Host {
 
 /// What is known of all hostnames. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Hosts(Arc<Mutex<HashMap<Box<str>, (Instant, Host)>>>);
+pub struct Hosts(Arc<Mutex<Known>>);
+
+/// Each hostname with what is known of it, and until when.
+type Known = HashMap<Box<str>, (Instant, Host)>;
 
 impl Hosts {
     /// What is known of a hostname now.
@@ -67,7 +70,7 @@ impl Hosts {
         known.insert(hostname.into(), (now + kept, host));
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<Box<str>, (Instant, Host)>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
