@@ -109,7 +109,7 @@ impl fmt::Display for Baggage {
 }
 
 /// The `host=` part of a `forwarded` header, without its quotes.
-pub(crate) fn forwarded_host(forwarded: &str) -> Option<&str> {
+pub fn forwarded_host(forwarded: &str) -> Option<&str> {
     let host = forwarded
         .split(';')
         .find_map(|part| part.trim().strip_prefix("host="))?;

@@ -30,7 +30,7 @@ pub use client::{ConnectHeaders, Dialer, Tunnelled};
 pub use counters::{Counters, Ledger};
 pub use engine::{Engine, Failure, Reason};
 pub use error::{AcceptError, OpenError, StreamError};
-pub use headers::{Authority, AuthorityError, Baggage};
+pub use headers::{Authority, AuthorityError, Baggage, forwarded_host};
 pub use http2::Http2Config;
 pub use identity::{Identity, IdentityError};
 pub use pool::{Pool, PoolKey};

@@ -10,7 +10,7 @@ mod pipes;
 pub mod pod;
 mod pod_dns;
 pub mod pods;
-mod proxy_protocol;
+pub mod proxy_protocol;
 mod relay;
 mod socks5;
 pub mod worker;

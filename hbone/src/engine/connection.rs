@@ -59,7 +59,6 @@ pub struct Fields {
     pub baggage: Option<Box<str>>,
     pub forwarded: Option<Box<str>>,
     pub forwarded_network: Option<Box<str>>,
-    pub traceparent: Option<Box<str>>,
     /// The code of the reason of a refusal.
     pub reason: Option<Box<str>>,
 }

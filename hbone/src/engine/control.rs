@@ -285,7 +285,6 @@ impl Fields {
             }
             b"forwarded" => self.forwarded = Some(text.into()),
             b"x-forwarded-network" => self.forwarded_network = Some(text.into()),
-            b"traceparent" => self.traceparent = Some(text.into()),
             name if name == REASON.as_bytes() => self.reason = Some(text.into()),
             _ => {}
         }
