@@ -34,6 +34,16 @@ impl Endpoints {
         last.map_or(0, |(weight, _)| *weight)
     }
 
+    /// Whether all have the same weight.
+    pub fn are_alike(&self) -> bool {
+        self.0.weights.len() <= 1
+    }
+
+    /// Whether it is the very same set.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The endpoint at a position below `len`, in no particular order.
     pub fn at(&self, position: usize) -> Option<&Endpoint> {
         self.0.list.get(position)

@@ -57,6 +57,10 @@ impl World {
     }
 
     fn route(&self, target: &str) -> Result<Route, RouteError> {
+        self.route_by(target, &mut |_: u64| 0)
+    }
+
+    fn route_by(&self, target: &str, chooser: Chooser<'_>) -> Result<Route, RouteError> {
         let mut resources = vec![
             Resource::Service(self.service.clone()),
             Resource::Workload(serving(self.web.clone(), &self.service)),
@@ -72,7 +76,7 @@ impl World {
             &self.client,
             client,
             target.parse().unwrap(),
-            &mut |_: u64| 0,
+            chooser,
         )
     }
 
@@ -515,7 +519,46 @@ fn the_address_keeps_the_family_asked_for_within_what_the_service_allows() {
     );
     world.service.ip_families = Some(IpFamilies::Ipv6);
     assert!(world.told(VIP).starts_with("Hbone [fd00::9]:15008"));
+}
+
+#[test]
+fn a_hostname_goes_to_an_address_of_the_family_asked_for_or_says_why_not() {
+    struct Knows(Resolved);
+    impl crate::mesh::balance::Choose for Knows {
+        fn random(&mut self, _: u64) -> u64 {
+            0
+        }
+        fn resolved(&mut self, hostname: &str) -> Resolved {
+            assert_eq!(hostname, "web.example");
+            self.0.clone()
+        }
+    }
+    let mut world = World::new();
     world.web.addresses = Default::default();
     world.web.hostname = "web.example".into();
-    assert!(world.told(VIP).starts_with("no valid routing destination"));
+    world.web.protocol = Protocol::Tcp;
+    let to = |ips: &[&str]| Resolved::To(ips.iter().map(|ip| ip.parse().unwrap()).collect());
+    let cases = [
+        (to(&["fd00::9", "10.0.0.9"]), "10.0.0.9:8080"),
+        (to(&["fd00::9"]), "[fd00::9]:8080"),
+        (
+            to(&[]),
+            "ip addresses were resolved for workload Kubernetes//Pod/b/web, but valid dns response had no A/AAAA records",
+        ),
+        (
+            Resolved::Failed,
+            "no ip addresses were resolved for workload: Kubernetes//Pod/b/web",
+        ),
+        (
+            Resolved::NotYet,
+            "no ip addresses were resolved for workload: Kubernetes//Pod/b/web",
+        ),
+    ];
+    for (resolved, expected) in cases {
+        let told = match world.route_by(VIP, &mut Knows(resolved)) {
+            Ok(route) => route.connect.to_string(),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(told, expected);
+    }
 }

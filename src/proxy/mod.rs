@@ -11,6 +11,7 @@ pub mod pod;
 mod pod_dns;
 pub mod pods;
 pub mod proxy_protocol;
+mod rankings;
 mod relay;
 mod socks5;
 pub mod worker;

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::dns::hosts::{Host, Hosts};
 use crate::identity::Certificates;
 use crate::mesh::Workload;
-use crate::mesh::balance::{Choose, Resolved};
+use crate::mesh::balance::{Choose, Ranking, RankingOf, Resolved};
 use crate::mesh_feed::SharedMesh;
 use crate::node::{Connector, PodNetns, Toward};
 use crate::policy::Context;
@@ -23,6 +23,7 @@ use crate::xds::demand::Demand;
 use super::budget::Budget;
 use super::connections::Connections;
 use super::drain::Drain;
+use super::rankings::Rankings;
 use hbone::{Dialer, Engine, Http2Config, Identity, LocalBoxFuture, Pool, TlsIdentity};
 use tokio::net::TcpStream;
 
@@ -77,6 +78,7 @@ pub struct Pod {
     /// What the pod sends elsewhere.
     pub outbound: Connections,
     pub drain: Drain,
+    rankings: RefCell<Rankings>,
     /// What stands in for the pod's workload record until that has arrived.
     provisional: RefCell<Option<Arc<Workload>>>,
     /// The baggage of the pod's workload record, rendered once per record.
@@ -89,6 +91,10 @@ pub struct Pod {
 impl Choose for &Pod {
     fn random(&mut self, bound: u64) -> u64 {
         Pod::random(self, bound)
+    }
+
+    fn ranking(&mut self, of: RankingOf<'_>, compute: &dyn Fn() -> Ranking) -> Rc<Ranking> {
+        self.rankings.borrow_mut().get(of, compute)
     }
 
     fn resolved(&mut self, hostname: &str) -> Resolved {
@@ -143,6 +149,7 @@ impl Pod {
             inbound: Connections::default(),
             outbound: Connections::default(),
             drain,
+            rankings: RefCell::default(),
             provisional: RefCell::new(None),
             baggage: RefCell::new(None),
             random: Cell::new(seed | 1),
