@@ -15,6 +15,7 @@ mod outbound;
 mod pods;
 mod profiles;
 mod python;
+mod refusals;
 mod soak;
 mod tunnel;
 mod waypoints;
