@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use hbone::{Baggage, ConnectHeaders, Identity, PoolKey, Stream};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::connections::{Admission, Asked, Registration};
@@ -83,7 +84,17 @@ async fn begin(
     let telemetry = pod.shared.telemetry.clone();
     let mut flow = Flow::new(Direction::Outbound, client, target, telemetry);
     flow.charge(pod.spec.budget.ledger());
-    let opened = open(pod, client, target, &mut flow).await;
+    let opened = tokio::select! {
+        opened = open(pod, client, target, &mut flow) => opened,
+        // An end of what the client sends is not its end; a reset is.
+        _ = socket.ready(Interest::ERROR) => {
+            let text = "the client went away before the flow was open";
+            Err(Refusal::Failed(FlowError::new(Reason::ClientGone, text)))
+        }
+    };
+    if matches!(&opened, Err(Refusal::Failed(error)) if error.reason == Reason::ClientGone) {
+        flow.open_now();
+    }
     if matches!(entry, Entry::Socks5) {
         socks5::answer(socket, opened.as_ref().err()).await;
     }

@@ -203,6 +203,13 @@ impl Flow {
         self.0.facts.source_identity = source;
     }
 
+    /// Counts the flow as opened, unless it is.
+    pub fn open_now(&mut self) {
+        if self.0.live.is_none() {
+            self.open();
+        }
+    }
+
     /// Everything is known: counts the flow as opened.
     pub fn open(&mut self) {
         let record = &mut *self.0;

@@ -67,12 +67,14 @@ pub enum Reason {
     NoAnswer,
     /// The flow broke off.
     Broken,
+    /// The client went away before the flow was open.
+    ClientGone,
     /// The proxy is stopping.
     Draining,
 }
 
 /// Each with its code and its `response_flags` for the traffic metrics.
-const ALL: [(Reason, &str, &str); 32] = [
+const ALL: [(Reason, &str, &str); 33] = [
     (Reason::PolicyDenied, "policy_denied", "DENY"),
     (Reason::PolicyNotAllowed, "policy_not_allowed", "DENY"),
     (Reason::PolicyMissing, "policy_missing", "DENY"),
@@ -104,6 +106,7 @@ const ALL: [(Reason, &str, &str); 32] = [
     (Reason::Refused, "refused", "CONNECT"),
     (Reason::NoAnswer, "no_answer", "CONNECT"),
     (Reason::Broken, "broken", "CONNECT"),
+    (Reason::ClientGone, "client_gone", "CONNECT"),
     (Reason::Draining, "draining", "CONNECT"),
 ];
 

@@ -21,6 +21,8 @@ pub const POD: &str = "10.0.0.9";
 /// The address of another pod, from which the tests call.
 pub const CLIENT: &str = "10.0.0.1";
 const WARREN: &str = env!("CARGO_BIN_EXE_warren");
+/// For `RESOLV_CONF`: there is none.
+pub const MISSING: &str = "missing";
 /// Not a variable of the proxy: the text of its `/etc/resolv.conf`.
 pub const RESOLV_CONF: &str = "RESOLV_CONF";
 /// How long anything may take that ought to happen soon.
@@ -251,6 +253,12 @@ impl Proxy {
         number.unwrap().parse().unwrap()
     }
 
+    /// Lets the proxy have no more than so many descriptors.
+    pub fn limit_descriptors(&self, most: usize) {
+        let pid = self.process.id();
+        self.shell(&format!("prlimit --pid {pid} --nofile={most}:"));
+    }
+
     /// How many descriptors the proxy has open.
     pub fn descriptors(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.process.id());
@@ -375,7 +383,10 @@ fn alone(folder: &Path, variables: &[(&str, &str)]) -> Command {
         Some((_, text)) => {
             let file = folder.join("resolv.conf");
             std::fs::write(&file, text).unwrap();
-            let mount = "mount --bind $0 /etc/resolv.conf && exec $@";
+            let mount = match *text {
+                MISSING => "mount -t tmpfs none /etc && exec $@",
+                _ => "mount --bind $0 /etc/resolv.conf && exec $@",
+            };
             let file = file.to_str().unwrap();
             proxy_command(&["unshare", "--mount", "sh", "-ec", mount, file, WARREN])
         }

@@ -3,6 +3,7 @@
 mod budgets;
 mod certificate;
 mod envoy;
+mod faults;
 mod handover;
 mod harness;
 mod hostile;
