@@ -11,6 +11,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::client::Lab;
 use super::daemon::Settings;
+use super::family::IpFamily;
 use super::manifest::{self, Object};
 use super::sandbox::{self, Launched};
 use super::say::say;
@@ -27,6 +28,9 @@ pub struct UpArgs {
     /// How many nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=i64::from(addresses::MOST_NODES)))]
     pub nodes: u8,
+    /// The addresses of nodes, pods and services
+    #[arg(long, value_enum, default_value_t)]
+    pub ip_family: IpFamily,
     /// Return as soon as everything is ready, and leave the lab running
     #[arg(short, long)]
     pub detach: bool,
@@ -93,6 +97,7 @@ pub fn start(
     let lock = lab.dir().create()?;
     Settings {
         nodes: arguments.nodes,
+        families: arguments.ip_family,
         proxy_env: arguments.proxy_env.clone(),
         objects,
     }
