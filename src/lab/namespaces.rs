@@ -204,7 +204,7 @@ fn bind(source: &Path, target: &Path) -> Result<()> {
     .map_err(|e| step(&format!("mounting over {}", target.display()), &e.into()))
 }
 
-/// Lets the calling thread's network namespace have IPv6, whatever the machine's default is.
+/// Lets the calling thread's network namespace have IPv6 at once, whatever the machine's defaults are.
 ///
 /// # Errors
 /// When the kernel has none, with the remedy.
@@ -214,7 +214,12 @@ pub fn allow_ipv6() -> Result<()> {
             "this kernel has no IPv6 ({e}); start it without ipv6.disable=1, or use --ip-family ipv4"
         );
         Error::new(e.kind(), text)
-    })
+    })?;
+    for scope in ["all", "default"] {
+        // Before its link-local address is known to be unique, a node asks for no neighbour: seconds for each.
+        set(&format!("net/ipv6/conf/{scope}/accept_dad"), "0")?;
+    }
+    Ok(())
 }
 
 fn switch_ipv6(disable: &str) -> Result<()> {
