@@ -1,6 +1,6 @@
 //! Which address belongs to what in a lab, and who gets the next one.
 //!
-//! The IPv6 plan is the IPv4 plan over again: the last two parts of an address are the same numbers.
+//! The IPv6 plan is the IPv4 plan over again, with the same numbers for nodes, pods and services.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -164,35 +164,40 @@ pub struct ServiceWish<'a> {
     pub addresses: Vec<&'a str>,
     /// `spec.ipFamilies`.
     pub families: Vec<&'a str>,
-    /// Whether it is content with one family.
-    pub single: bool,
+    /// `spec.ipFamilyPolicy`.
+    pub policy: Option<&'a str>,
 }
 
 impl ServiceWish<'_> {
-    /// The families of the service in a lab, in the order in which it names them.
+    /// The families of the service in a lab, in the order in which it names them; all of the lab's unless it wants
+    /// one.
     ///
     /// # Errors
     /// When the lab has none of those it names.
     pub fn families(&self, lab: IpFamily) -> Result<Vec<Family>, AddressError> {
-        if self.families.is_empty() {
-            return Ok(lab.families().to_vec());
-        }
+        let single = match self.policy {
+            Some(policy) => policy == "SingleStack",
+            None => self.families.len() == 1,
+        };
         let known = |name: &&str| {
             let mut families = lab.families().iter().copied();
             families.find(|family| family.to_string() == **name)
         };
         let mut families: Vec<Family> = self.families.iter().filter_map(known).collect();
-        if families.is_empty() {
+        if families.is_empty() && !self.families.is_empty() {
             return Err(AddressError::NoFamily {
                 service: self.service.clone(),
                 asked: self.families.iter().map(ToString::to_string).collect(),
             });
         }
-        if !self.single {
+        if families.is_empty() || !single {
             families.extend(lab.families());
         }
         let mut seen = BTreeSet::new();
         families.retain(|family| seen.insert(*family));
+        if single {
+            families.truncate(1);
+        }
         Ok(families)
     }
 }
@@ -281,7 +286,6 @@ mod tests {
         ServiceWish {
             service: service.to_owned(),
             addresses: addresses.to_vec(),
-            single: true,
             ..ServiceWish::default()
         }
     }
@@ -347,11 +351,15 @@ mod tests {
         assert_eq!(given["a/only"].get(Family::V4), None);
         let error = families(&only, IpFamily::Ipv4).unwrap_err();
         assert!(error.contains("service a/only: ipFamilies [\"IPv6\"]"));
-        only.single = false;
-        assert_eq!(
-            families(&only, IpFamily::Dual),
-            Ok(vec![Family::V6, Family::V4])
-        );
+        only.policy = Some("PreferDualStack");
+        let both = Ok(vec![Family::V6, Family::V4]);
+        assert_eq!(families(&only, IpFamily::Dual), both);
+        only.policy = None;
+        only.families = vec!["IPv6", "IPv4"];
+        assert_eq!(families(&only, IpFamily::Dual), both);
+        only.families.clear();
+        only.policy = Some("SingleStack");
+        assert_eq!(families(&only, IpFamily::Dual), Ok(vec![Family::V4]));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::addresses::{PodNumbers, ServiceWish, cluster_addresses};
+use super::addresses::PodNumbers;
 use super::agent::Agent;
 use super::family::{Addresses, IpFamily};
 use super::live::{self, LiveFolder};
@@ -139,12 +139,7 @@ impl Cluster {
             let node = plan.node.as_deref().unwrap_or_default();
             return Err(format!("{}: there is no node {node}", plan.key()));
         }
-        let wishes: Vec<ServiceWish> = objects
-            .iter()
-            .filter(|o| o.key.kind == "Service" && o.text("/spec/type") != Some("ExternalName"))
-            .map(services::wish)
-            .collect();
-        let addresses = cluster_addresses(self.families, &wishes).map_err(|e| e.to_string())?;
+        let addresses = services::addresses(self.families, &objects).map_err(|e| e.to_string())?;
         let before = std::mem::replace(&mut self.objects, objects);
         self.addresses = addresses;
         self.write_objects(&before).map_err(|e| e.to_string())?;

@@ -94,7 +94,6 @@ pub fn proxy(
         ("CLUSTER_ID", "Kubernetes".to_owned()),
         ("RUST_LOG", "info".to_owned()),
         ("ISTIO_META_DNS_CAPTURE", "true".to_owned()),
-        ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053".to_owned()),
         ("IPV6_ENABLED", families.has_ipv6().to_string()),
     ];
     let mut env = base_environment();

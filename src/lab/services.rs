@@ -5,9 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value;
 
-use super::addresses::ServiceWish;
+use super::addresses::{AddressError, ServiceWish, cluster_addresses};
 use super::cluster::Cluster;
-use super::family::Family;
+use super::family::{Addresses, Family, IpFamily};
 use super::manifest::Object;
 use super::pod::Pod;
 use super::service_rules::ServicePort;
@@ -31,13 +31,28 @@ pub fn wish(service: &Object) -> ServiceWish<'_> {
     if addresses.is_empty() {
         addresses.extend(spec["clusterIP"].as_str());
     }
-    let policy = spec["ipFamilyPolicy"].as_str();
     ServiceWish {
         service: name(service),
         addresses,
         families: texts("ipFamilies"),
-        single: matches!(policy, None | Some("SingleStack")),
+        policy: spec["ipFamilyPolicy"].as_str(),
     }
+}
+
+/// The cluster addresses of all services among some objects, by `namespace/name`.
+///
+/// # Errors
+/// The first service whose wish cannot be granted.
+pub fn addresses(
+    lab: IpFamily,
+    objects: &[Object],
+) -> Result<BTreeMap<String, Addresses>, AddressError> {
+    let wishes: Vec<ServiceWish> = objects
+        .iter()
+        .filter(|o| o.key.kind == "Service" && o.text("/spec/type") != Some("ExternalName"))
+        .map(wish)
+        .collect();
+    cluster_addresses(lab, &wishes)
 }
 
 /// Every service's name with its cluster address, or the ready pods of one that has none.

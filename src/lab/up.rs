@@ -15,7 +15,7 @@ use super::family::IpFamily;
 use super::manifest::{self, Object};
 use super::sandbox::{self, Launched};
 use super::say::say;
-use super::{addresses, plan, samples, state};
+use super::{addresses, plan, samples, services, state};
 
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -91,6 +91,7 @@ pub fn start(
 ) -> anyhow::Result<Option<Launched>> {
     // What cannot run is said before anything is started.
     plan::pods(objects.iter())?;
+    services::addresses(arguments.ip_family, &objects)?;
     for name in state::remove_dead() {
         show(&format!("removed what lab {name} had left"));
     }

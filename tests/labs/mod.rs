@@ -87,8 +87,8 @@ impl Lab {
     }
 
     /// A lab of an ordinary user; `None` where that is impossible.
-    pub fn up_as_nobody(manifests: &str) -> Option<Self> {
-        Self::new(Some(NOBODY)).started(manifests, &[])
+    pub fn up_as_nobody(manifests: &str, more: &[&str]) -> Option<Self> {
+        Self::new(Some(NOBODY)).started(manifests, more)
     }
 
     /// A lab whose command stays.
