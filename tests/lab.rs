@@ -35,8 +35,154 @@ fn ratings(replicas: u8) -> String {
 
 #[test]
 fn the_demonstration_meets_every_expectation() {
-    let Some(output) = labs::demo() else { return };
-    assert!(output.contains("0 of 13 expectations failed"), "{output}");
+    for ip_family in ["ipv4", "ipv6", "dual"] {
+        let Some(output) = labs::demo(ip_family) else {
+            return;
+        };
+        assert!(output.contains("0 of 13 expectations failed"), "{output}");
+    }
+}
+
+/// A captured client, one outside the mesh, and ratings on another node than the captured one.
+fn clients_and_ratings() -> String {
+    let client = pod("default", "client", "[sleep, infinity]");
+    let outside = pod("outside", "client", "[sleep, infinity]");
+    format!("{NAMESPACES}{}{client}{outside}", ratings(1))
+}
+
+/// Sees that ratings answers over one family, through tunnels where it should, until a policy forbids it.
+fn ratings_is_reached_and_refused(lab: &Lab, curl_option: &str, prefix: &str) {
+    let url = "http://ratings.default.svc.cluster.local/ratings/0";
+    let call = format!("curl -sS -m 10 {curl_option} {url}");
+    let tunnelled: Vec<String> = ["src.addr=", "dst.addr=", "dst.hbone_addr="]
+        .iter()
+        .map(|field| format!("{field}{prefix}"))
+        .chain(["src.identity=\"spiffe://cluster.local/ns/default/sa/default\"".to_owned()])
+        .collect();
+    let told = |direction: &str, parts: &[String]| {
+        eventually(Duration::from_secs(5), "the flow is logged", || {
+            let lines = lab.access_lines(direction);
+            lines
+                .iter()
+                .any(|line| parts.iter().all(|part| line.contains(part)))
+        });
+    };
+    for namespace in ["default", "outside"] {
+        let output = lab.exec(namespace, "client", &call);
+        assert!(
+            output.stdout.contains("Reviewer1"),
+            "{namespace} {curl_option}: {}",
+            output.stderr
+        );
+    }
+    for direction in ["outbound", "inbound"] {
+        told(direction, &tunnelled);
+    }
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+                  metadata: {name: nobody}\nspec: {selector: {matchLabels: {app: ratings}}}\n";
+    assert_eq!(lab.apply(policy).code, 0);
+    for namespace in ["default", "outside"] {
+        eventually(Duration::from_secs(5), "the flow is refused", || {
+            lab.exec(namespace, "client", &call).code != 0
+        });
+    }
+    let reason = "error=\"connection closed due to policy rejection".to_owned();
+    told("inbound", &[tunnelled.as_slice(), &[reason]].concat());
+    assert_eq!(lab.delete(policy).code, 0);
+    eventually(Duration::from_secs(5), "the flow is let through", || {
+        lab.exec("default", "client", &call).code == 0
+    });
+}
+
+/// The first addresses that the pods of both kinds find behind a name; the same for both.
+fn resolved(lab: &Lab, kind: &str, name: &str) -> Vec<String> {
+    let question = format!("getent {kind} {name}.default.svc.cluster.local | grep STREAM; true");
+    let [captured, outside] = ["default", "outside"].map(|namespace| {
+        let answer = lab.exec(namespace, "client", &question).stdout;
+        let first = |line: &str| line.split_whitespace().next().map(str::to_owned);
+        answer.lines().filter_map(first).collect::<Vec<_>>()
+    });
+    assert_eq!(captured, outside, "{kind} {name}");
+    captured
+}
+
+#[test]
+fn a_lab_of_ipv6_has_nothing_else() {
+    let Some(lab) = Lab::up(&clients_and_ratings(), &["--ip-family", "ipv6"]) else {
+        return;
+    };
+    let status = lab.status();
+    assert!(status.contains("[fd42:10:42:ff::1]:15012"), "{status}");
+    assert!(status.contains("  fd42:10:42:1::2  "), "{status}");
+    assert!(
+        !status.contains("10.42.") && !status.contains("10.96."),
+        "{status}"
+    );
+    let found = resolved(&lab, "ahostsv6", "ratings");
+    assert!(
+        found.len() == 1 && found[0].starts_with("fd42:10:96::"),
+        "{found:?}"
+    );
+    assert!(resolved(&lab, "ahostsv4", "ratings").is_empty());
+    ratings_is_reached_and_refused(&lab, "", "[fd42:10:42:");
+}
+
+#[test]
+fn a_lab_of_both_families_serves_either() {
+    let only = "---\napiVersion: v1\nkind: Service\nmetadata: {name: only}\n\
+                spec: {selector: {app: ratings}, ports: [{port: 80, targetPort: http}], ipFamilies: [IPv6]}\n";
+    let text = clients_and_ratings() + only;
+    let Some(lab) = Lab::up(&text, &["--ip-family", "dual"]) else {
+        return;
+    };
+    let status = lab.status();
+    assert!(status.contains("10.42.1.2,fd42:10:42:1::2"), "{status}");
+    for (kind, prefix) in [("ahostsv4", "10.96."), ("ahostsv6", "fd42:10:96::")] {
+        let found = resolved(&lab, kind, "ratings");
+        assert!(
+            found.len() == 1 && found[0].starts_with(prefix),
+            "{found:?}"
+        );
+    }
+    assert!(resolved(&lab, "ahostsv4", "only").is_empty());
+    assert_eq!(resolved(&lab, "ahostsv6", "only").len(), 1);
+    ratings_is_reached_and_refused(&lab, "-4", "10.42.");
+    ratings_is_reached_and_refused(&lab, "-6", "[fd42:10:42:");
+}
+
+#[test]
+fn a_lab_of_ipv4_needs_no_ipv6_of_the_kernel() {
+    for proxy in ["IPV6_ENABLED=false", "IPV6_ENABLED=true"] {
+        let Some(lab) = Lab::up(&clients_and_ratings(), &["--proxy-env", proxy]) else {
+            return;
+        };
+        let is_off = "cat /proc/sys/net/ipv6/conf/*/disable_ipv6 2>/dev/null | sort -u";
+        for place in ["client", "node/node-0", "node/node-1"] {
+            let seen = lab.exec("default", place, is_off).stdout;
+            assert!(matches!(seen.trim(), "1" | ""), "{place}: {seen}");
+        }
+        ratings_is_reached_and_refused(&lab, "", "10.42.");
+    }
+}
+
+#[test]
+fn what_does_not_fit_the_families_of_a_lab_is_refused() {
+    let service =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIP: 10.96.7.7}\n";
+    let output = labs::up_refused(service, &["--ip-family", "ipv6"]);
+    assert_eq!(
+        output.stderr.trim(),
+        "warren: service default/s: clusterIP 10.96.7.7 is no IPv6 address; take it out, or start the lab with \
+         another --ip-family"
+    );
+    let output = labs::up_refused(service, &["--ip-family", "ipv5"]);
+    assert!(
+        output
+            .stderr
+            .contains("[possible values: ipv4, ipv6, dual]"),
+        "{}",
+        output.stderr
+    );
 }
 
 #[test]
@@ -240,25 +386,23 @@ fn what_the_control_plane_refuses_is_told() {
 
 #[test]
 fn an_ordinary_user_can_have_a_lab() {
-    let text = format!(
-        "{NAMESPACES}{}{}",
-        ratings(1),
-        pod("default", "client", "[sleep, infinity]")
-    );
-    let Some(lab) = Lab::up_as_nobody(&text) else {
-        return;
-    };
-    let call = lab.exec(
-        "default",
-        "client",
-        "curl -sS -m 5 http://ratings/ratings/0",
-    );
-    assert!(
-        call.stdout.contains("Reviewer1"),
-        "{} {}",
-        call.stdout,
-        call.stderr
-    );
+    for ip_family in ["ipv4", "dual"] {
+        let more = ["--ip-family", ip_family];
+        let Some(lab) = Lab::up_as_nobody(&clients_and_ratings(), &more) else {
+            return;
+        };
+        let call = lab.exec(
+            "default",
+            "client",
+            "curl -sS -m 5 http://ratings/ratings/0",
+        );
+        assert!(
+            call.stdout.contains("Reviewer1"),
+            "{ip_family}: {} {}",
+            call.stdout,
+            call.stderr
+        );
+    }
 }
 
 #[test]

@@ -16,6 +16,8 @@ const PROXY_CONNECTS: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Agent {
     zds: ZdsServer,
+    /// Whether the pods have IPv6 to capture.
+    ipv6: bool,
     runtime: Handle,
 }
 
@@ -24,10 +26,11 @@ impl Agent {
     ///
     /// # Errors
     /// When the socket cannot be made.
-    pub fn start(socket: &std::path::Path, runtime: &Handle) -> std::io::Result<Self> {
+    pub fn start(socket: &std::path::Path, ipv6: bool, runtime: &Handle) -> std::io::Result<Self> {
         let _inside = runtime.enter();
         Ok(Self {
             zds: ZdsServer::bind(socket)?,
+            ipv6,
             runtime: runtime.clone(),
         })
     }
@@ -51,7 +54,7 @@ impl Agent {
 
     fn try_enroll(&self, pod: &Pod) -> Result<(), String> {
         let netns = pod.namespaces.network();
-        super::capture::install(netns, &pod.plan.object)?;
+        super::capture::install(netns, &pod.plan.object, self.ipv6)?;
         let netns = netns.try_clone_to_owned().map_err(|e| e.to_string())?;
         let info = WorkloadInfo {
             name: pod.plan.name.clone(),

@@ -1,6 +1,7 @@
 //! `warren lab bench`: what the mesh carries between two nodes of this machine, beside the bare network.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -117,7 +118,7 @@ fn one(
         "load",
         "run",
         measurement.kind,
-        &format!("{}:{PORT}", target.address),
+        &SocketAddr::new(target.addresses.first(), PORT).to_string(),
         "--connections",
         &measurement.connections.to_string(),
         "--seconds",

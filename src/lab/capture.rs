@@ -5,12 +5,12 @@ use std::os::fd::BorrowedFd;
 use cni::CaptureConfig;
 use serde_json::Value;
 
-/// Installs the rules that a pod's annotations ask for, or repairs them.
+/// Installs the rules that a pod's annotations ask for, or repairs them; those of IPv6 only where the lab has it.
 ///
 /// # Errors
 /// Why the pod is not captured.
-pub fn install(netns: BorrowedFd, pod: &Value) -> Result<(), String> {
-    cni::capture(netns, &config(pod))
+pub fn install(netns: BorrowedFd, pod: &Value, ipv6: bool) -> Result<(), String> {
+    cni::capture(netns, &config(pod, ipv6))
         .map(|_| ())
         .map_err(|e| e.to_string())
 }
@@ -23,8 +23,7 @@ pub fn remove(netns: BorrowedFd) -> Result<(), String> {
     cni::remove(netns).map_err(|e| e.to_string())
 }
 
-/// The lab has no IPv6; everything else is as in a cluster.
-fn config(pod: &Value) -> CaptureConfig {
+fn config(pod: &Value, ipv6: bool) -> CaptureConfig {
     let annotation = |name: &str| pod["metadata"]["annotations"][name].as_str();
     let switch = |name: &str| match annotation(name)? {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
@@ -33,7 +32,7 @@ fn config(pod: &Value) -> CaptureConfig {
     };
     let interfaces = annotation("istio.io/reroute-virtual-interfaces").unwrap_or_default();
     CaptureConfig {
-        ipv6: false,
+        ipv6,
         dns: switch("ambient.istio.io/dns-capture").unwrap_or(true),
         bypass_inbound: switch("ambient.istio.io/bypass-inbound-capture").unwrap_or(false),
         virtual_interfaces: interfaces
@@ -54,9 +53,10 @@ mod tests {
 
     #[test]
     fn annotations_change_what_is_captured() {
-        let with =
-            |name: &str, value: &str| config(&json!({"metadata": {"annotations": {name: value}}}));
-        assert!(config(&json!({})).dns);
+        let with = |name: &str, value: &str| {
+            config(&json!({"metadata": {"annotations": {name: value}}}), true)
+        };
+        assert!(config(&json!({}), true).dns);
         assert!(!with("ambient.istio.io/dns-capture", "False").dns);
         assert!(with("ambient.istio.io/dns-capture", "nonsense").dns);
         assert!(with("ambient.istio.io/bypass-inbound-capture", "1").bypass_inbound);

@@ -1,14 +1,14 @@
 //! The state of a running lab: the applied objects, and the pods, services and rules that follow from them.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::addresses::{PodAddresses, cluster_addresses};
+use super::addresses::PodNumbers;
 use super::agent::Agent;
+use super::family::{Addresses, IpFamily};
 use super::live::{self, LiveFolder};
 use super::manifest::{Key, Object};
 use super::plan::{self, PodPlan};
@@ -41,11 +41,12 @@ pub struct Cluster {
     /// In the order in which they were applied.
     pub objects: Vec<Object>,
     /// By `namespace/name`.
-    pub addresses: BTreeMap<String, Ipv4Addr>,
+    pub addresses: BTreeMap<String, Addresses>,
+    pub families: IpFamily,
     dir: StateDir,
     live: LiveFolder,
     zone: Zone,
-    pod_addresses: PodAddresses,
+    pod_numbers: PodNumbers,
     rules: Vec<ServicePort>,
     /// The environment that every process of a pod starts from.
     base: Vec<(String, String)>,
@@ -54,6 +55,7 @@ pub struct Cluster {
 
 /// What a cluster is made of.
 pub struct Parts {
+    pub families: IpFamily,
     pub dir: StateDir,
     pub live: LiveFolder,
     pub zone: Zone,
@@ -77,10 +79,11 @@ impl Cluster {
                 pods: BTreeMap::new(),
                 objects: Vec::new(),
                 addresses: BTreeMap::new(),
+                families: parts.families,
                 dir: parts.dir,
                 live: parts.live,
                 zone: parts.zone,
-                pod_addresses: PodAddresses::default(),
+                pod_numbers: PodNumbers::default(),
                 rules: Vec::new(),
                 base: parts.base,
                 myself: Weak::clone(myself),
@@ -136,11 +139,7 @@ impl Cluster {
             let node = plan.node.as_deref().unwrap_or_default();
             return Err(format!("{}: there is no node {node}", plan.key()));
         }
-        let asked = objects
-            .iter()
-            .filter(|o| o.key.kind == "Service" && o.text("/spec/type") != Some("ExternalName"))
-            .map(|o| (services::name(o), o.text("/spec/clusterIP")));
-        let addresses = cluster_addresses(asked).map_err(|e| e.to_string())?;
+        let addresses = services::addresses(self.families, &objects).map_err(|e| e.to_string())?;
         let before = std::mem::replace(&mut self.objects, objects);
         self.addresses = addresses;
         self.write_objects(&before).map_err(|e| e.to_string())?;
@@ -155,9 +154,11 @@ impl Cluster {
             match object.key.kind.as_str() {
                 "Pod" => {}
                 "Service" => {
-                    let address = self.addresses.get(&services::name(object)).copied();
-                    self.live
-                        .write(&object.key, &live::service(object, address))?;
+                    let wish = services::wish(object);
+                    let families = wish.families(self.families).unwrap_or_default();
+                    let addresses = self.addresses.get(&wish.service);
+                    let service = live::service(object, addresses, &families);
+                    self.live.write(&object.key, &service)?;
                 }
                 _ if before.contains(object) => {}
                 _ => self.live.write(&object.key, &object.value)?,
@@ -216,9 +217,9 @@ impl Cluster {
     fn start_pod(&mut self, plan: PodPlan) -> Result<(), String> {
         let key = (plan.namespace.clone(), plan.name.clone());
         let index = self.node_of(&plan).ok_or("no such node")?;
-        let address = self.pod_addresses.take(index).map_err(|e| e.to_string())?;
+        let number = self.pod_numbers.take(index).map_err(|e| e.to_string())?;
         let folder = self.dir.join(format!("pods/{}/{}", key.0, key.1));
-        let created = Pod::create(plan, &self.machines[index].node, address, &folder);
+        let created = Pod::create(plan, &self.machines[index].node, number, &folder);
         let pod = created.map_err(|e| e.to_string())?;
         self.pods.insert(key.clone(), pod);
         // The control plane has to know the pod before the node may ask for its certificate.
@@ -293,8 +294,8 @@ impl Cluster {
             if pod.capture != Capture::Outside {
                 let _ = machine.agent.release(&pod, false);
             }
-            let _ = machine.node.remove_pod(pod.address);
-            self.pod_addresses.give_back(pod.address);
+            let _ = machine.node.remove_pod(pod.number);
+            self.pod_numbers.give_back(pod.node, pod.number);
         }
     }
 
@@ -303,8 +304,8 @@ impl Cluster {
         let node = &self.machines[pod.node].node;
         let status = live::PodStatus {
             node: &node.name,
-            node_address: node.address,
-            address: pod.address,
+            node_addresses: &node.addresses,
+            addresses: &pod.addresses,
             ready: pod.is_ready(),
             enrolled: pod.capture == Capture::Captured,
             restarts: pod.restarts(),
@@ -328,7 +329,7 @@ impl Cluster {
             return;
         }
         for machine in &self.machines {
-            if let Err(e) = service_rules::apply(&machine.node.namespaces, &rules) {
+            if let Err(e) = service_rules::apply(&machine.node.namespaces, self.families, &rules) {
                 eprintln!("{}: {e}", machine.node.name);
             }
         }

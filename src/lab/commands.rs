@@ -9,12 +9,13 @@ use clap::{Args, Subcommand};
 
 use super::bench::{self, BenchArgs};
 use super::client::Lab;
+use super::demo::{self, DemoArgs};
 use super::load::{self, LoadCommand};
 use super::say::say;
 use super::state::StateDir;
 use super::up::{self, UpArgs};
 use super::wire::PodName;
-use super::{daemon, demo, logs, manifest, sandbox, serve, status};
+use super::{daemon, logs, manifest, sandbox, serve, status};
 
 /// How soon the control plane has read a change.
 const CONTROL_READS: Duration = Duration::from_millis(200);
@@ -69,7 +70,7 @@ enum Command {
         follow: bool,
     },
     /// Show the main job, step by step, in a lab of its own
-    Demo,
+    Demo(DemoArgs),
     /// Measure bulk and requests through the mesh, in a lab of its own
     Bench(BenchArgs),
     /// Run a part of the sample application
@@ -107,7 +108,7 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
     };
     let otherwise = || match arguments.command {
         // They take their lab down, so it must not be one that somebody works in.
-        Command::Demo => format!("demo-{}", std::process::id()),
+        Command::Demo(_) => format!("demo-{}", std::process::id()),
         Command::Bench(_) => format!("bench-{}", std::process::id()),
         _ => "lab".to_owned(),
     };
@@ -174,7 +175,7 @@ pub fn run(arguments: LabArgs) -> anyhow::Result<ExitCode> {
             };
             logs::show(&sources, follow)?;
         }
-        Command::Demo => return demo::run(&lab),
+        Command::Demo(arguments) => return demo::run(&lab, &arguments),
         Command::Bench(arguments) => return bench::run(&lab, &arguments),
         Command::Load(command) => load::run(&command)?,
         Command::Serve(arguments) => serve::run(arguments)?,

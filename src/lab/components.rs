@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::addresses::{CONTROL, CONTROL_PORT};
+use super::addresses::control_plane;
+use super::family::IpFamily;
 use super::process::ProcessSpec;
 use super::state::StateDir;
 use super::topology::Node;
@@ -46,8 +47,8 @@ pub fn zds_socket(node: &Node) -> PathBuf {
 }
 
 /// The control plane, on the bridge.
-pub fn control(files: &Files) -> ProcessSpec {
-    let listen = format!("{CONTROL}:{CONTROL_PORT}");
+pub fn control(files: &Files, families: IpFamily) -> ProcessSpec {
+    let listen = control_plane(families).to_string();
     let words = [
         THIS_PROGRAM,
         "control",
@@ -68,16 +69,21 @@ pub fn control(files: &Files) -> ProcessSpec {
 }
 
 /// The proxy of a node.
-pub fn proxy(node: &Node, files: &Files, more: &[(String, String)]) -> ProcessSpec {
+pub fn proxy(
+    node: &Node,
+    files: &Files,
+    families: IpFamily,
+    more: &[(String, String)],
+) -> ProcessSpec {
     let token = files.token(node);
-    let server = format!("https://{CONTROL}:{CONTROL_PORT}");
+    let server = format!("https://{}", control_plane(families));
     let (name, root) = (&node.name, text(&files.root()));
     let own = [
         ("NODE_NAME", name.clone()),
         ("POD_NAME", proxy_name(node)),
         ("POD_NAMESPACE", SYSTEM_NAMESPACE.to_owned()),
         ("SERVICE_ACCOUNT", "ztunnel".to_owned()),
-        ("INSTANCE_IP", node.address.to_string()),
+        ("INSTANCE_IP", node.addresses.first().to_string()),
         ("PROXY_MODE", "shared".to_owned()),
         ("INPOD_UDS", text(&zds_socket(node))),
         ("XDS_ADDRESS", server.clone()),
@@ -88,8 +94,7 @@ pub fn proxy(node: &Node, files: &Files, more: &[(String, String)]) -> ProcessSp
         ("CLUSTER_ID", "Kubernetes".to_owned()),
         ("RUST_LOG", "info".to_owned()),
         ("ISTIO_META_DNS_CAPTURE", "true".to_owned()),
-        ("ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:15053".to_owned()),
-        ("IPV6_ENABLED", "false".to_owned()),
+        ("IPV6_ENABLED", families.has_ipv6().to_string()),
     ];
     let mut env = base_environment();
     env.extend(own.map(|(name, value)| (name.to_owned(), value)));

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cluster::{Cluster, Machine, Parts, lock};
 use super::components::{self, Files};
+use super::family::{Addresses, IpFamily};
 use super::live::{self, LiveFolder};
 use super::manifest::{Key, Object};
 use super::progress::{Progress, step};
@@ -30,6 +31,7 @@ const SETTINGS: &str = "settings.json";
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Settings {
     pub nodes: u8,
+    pub families: IpFamily,
     /// Further variables of the proxies.
     pub proxy_env: Vec<(String, String)>,
     pub objects: Vec<Object>,
@@ -94,8 +96,9 @@ fn start(
     settings: &Settings,
     runtime: &tokio::runtime::Handle,
 ) -> anyhow::Result<Arc<Mutex<Cluster>>> {
+    let families = settings.families;
     let files = Files::create(dir)?;
-    let nodes = topology::build(dir, settings.nodes)?;
+    let nodes = topology::build(dir, settings.nodes, families)?;
     let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
     step(format!(
         "nodes {}, connected by the bridge {}",
@@ -104,25 +107,23 @@ fn start(
     ));
     let live = LiveFolder::new(files.live.clone(), dir.folder("scratch")?);
     for node in &nodes {
-        service_rules::prepare(&node.namespaces)?;
+        service_rules::prepare(&node.namespaces, families)?;
         let key = Key::new("Node", "", &node.name);
-        live.write(&key, &live::node(&node.name, node.address))?;
+        live.write(&key, &live::node(&node.name, &node.addresses))?;
     }
-    let control = Supervised::start(components::control(&files))?;
-    wait(
-        dir,
-        "control.log",
-        "the control plane",
-        health::control_is_ready,
-    )?;
+    let control = Supervised::start(components::control(&files, families))?;
+    wait(dir, "control.log", "the control plane", || {
+        health::control_is_ready(families)
+    })?;
     step(format!(
-        "control plane at {}:{}",
-        addresses::CONTROL,
-        addresses::CONTROL_PORT
+        "control plane at {}",
+        addresses::control_plane(families)
     ));
     let zone = Zone::default();
-    zone.serve(&[addresses::DNS_SERVICE, addresses::CONTROL])
-        .context("the lab's DNS server")?;
+    for address in [addresses::dns, addresses::control] {
+        let servers: Vec<_> = Addresses::of(families, address).iter().collect();
+        zone.serve(&servers).context("the lab's DNS server")?;
+    }
     let machines: anyhow::Result<Vec<Machine>> = nodes
         .into_iter()
         .map(|node| machine(node, &files, settings, runtime))
@@ -137,6 +138,7 @@ fn start(
     step("a proxy on every node");
     let base = components::pod_environment(dir)?;
     Ok(Cluster::new(Parts {
+        families,
         dir: dir.clone(),
         live,
         zone,
@@ -152,8 +154,9 @@ fn machine(
     settings: &Settings,
     runtime: &tokio::runtime::Handle,
 ) -> anyhow::Result<Machine> {
-    let agent = Agent::start(&components::zds_socket(&node), runtime)?;
-    let spec = components::proxy(&node, files, &settings.proxy_env);
+    let ipv6 = settings.families.has_ipv6();
+    let agent = Agent::start(&components::zds_socket(&node), ipv6, runtime)?;
+    let spec = components::proxy(&node, files, settings.families, &settings.proxy_env);
     Ok(Machine {
         proxy: Supervised::start(spec)?,
         agent,

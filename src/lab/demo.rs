@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use clap::Args;
 
 use super::client::Lab;
+use super::family::IpFamily;
 use super::say::say;
 use super::story::{Story, access_line};
 use super::up::{self, Interrupts, UpArgs};
@@ -39,17 +41,26 @@ const POLICY_TAKES: Duration = Duration::from_secs(1);
 const LINE_TAKES: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(50);
 
+/// What the demonstration is shown with.
+#[derive(Args, Clone, Debug)]
+pub struct DemoArgs {
+    /// The addresses of nodes, pods and services
+    #[arg(long, value_enum, default_value_t)]
+    ip_family: IpFamily,
+}
+
 /// Runs the demonstration and takes everything down again.
 ///
 /// # Errors
 /// When the lab does not come up or a step cannot be run at all.
-pub fn run(lab: &Lab) -> anyhow::Result<ExitCode> {
+pub fn run(lab: &Lab, arguments: &DemoArgs) -> anyhow::Result<ExitCode> {
     need_curl()?;
     let mut interrupted = Interrupts::block()?;
     let started = Instant::now();
     say!("A mesh of two nodes on this machine, in namespaces of its own");
     let arguments = UpArgs {
         nodes: 2,
+        ip_family: arguments.ip_family,
         ..UpArgs::default()
     };
     let show = |line: &str| say!("  {line}");
@@ -130,7 +141,7 @@ impl Demo<'_> {
             say!(
                 "  {:7} {:10} {}/{} ({capture})",
                 pod.node,
-                pod.address.to_string(),
+                pod.addresses,
                 pod.namespace,
                 pod.name
             );

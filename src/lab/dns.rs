@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io::Result;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
-use hickory_proto::rr::rdata::A;
-use hickory_proto::rr::{RData, Record, RecordType};
+use hickory_proto::rr::{RData, Record};
 
 /// Seconds for which an answer may be kept.
 const TTL: u32 = 5;
@@ -17,15 +16,15 @@ const LARGEST: usize = 512;
 
 /// Addresses by name in lower case without the last dot; clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Zone(Arc<RwLock<BTreeMap<String, Vec<Ipv4Addr>>>>);
+pub struct Zone(Arc<RwLock<BTreeMap<String, Vec<IpAddr>>>>);
 
 impl Zone {
     /// Replaces all names.
-    pub fn replace(&self, names: BTreeMap<String, Vec<Ipv4Addr>>) {
+    pub fn replace(&self, names: BTreeMap<String, Vec<IpAddr>>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = names;
     }
 
-    fn lookup(&self, name: &str) -> Option<Vec<Ipv4Addr>> {
+    fn lookup(&self, name: &str) -> Option<Vec<IpAddr>> {
         let names = self.0.read().unwrap_or_else(PoisonError::into_inner);
         names.get(name.trim_end_matches('.')).cloned()
     }
@@ -34,7 +33,7 @@ impl Zone {
     ///
     /// # Errors
     /// When an address cannot be listened on.
-    pub fn serve(&self, addresses: &[Ipv4Addr]) -> Result<()> {
+    pub fn serve(&self, addresses: &[IpAddr]) -> Result<()> {
         for address in addresses {
             let socket = UdpSocket::bind(SocketAddr::from((*address, PORT)))?;
             let zone = self.clone();
@@ -79,13 +78,15 @@ impl Zone {
         answer.add_query(query.clone());
         match self.lookup(&query.name().to_ascii().to_lowercase()) {
             None => answer.metadata.response_code = ResponseCode::NXDomain,
-            Some(addresses) if query.query_type() == RecordType::A => {
-                for address in addresses {
-                    let data = RData::A(A(address));
+            Some(addresses) => {
+                let records = addresses.into_iter().map(|address| match address {
+                    IpAddr::V4(address) => RData::A(address.into()),
+                    IpAddr::V6(address) => RData::AAAA(address.into()),
+                });
+                for data in records.filter(|data| data.record_type() == query.query_type()) {
                     answer.add_answer(Record::from_rdata(query.name().clone(), TTL, data));
                 }
             }
-            Some(_) => {}
         }
         let bytes = answer.to_vec().ok()?;
         if bytes.len() <= LARGEST {
@@ -99,7 +100,7 @@ impl Zone {
 #[cfg(test)]
 mod tests {
     use hickory_proto::op::Query;
-    use hickory_proto::rr::Name;
+    use hickory_proto::rr::{Name, RecordType};
 
     use super::*;
 
@@ -113,14 +114,18 @@ mod tests {
     #[test]
     fn a_known_name_has_its_address_and_an_unknown_one_does_not_exist() {
         let zone = Zone::default();
-        let address = Ipv4Addr::new(10, 96, 3, 4);
-        zone.replace(BTreeMap::from([(
-            "a.b.svc.cluster.local".into(),
-            vec![address],
-        )]));
-        let answer = ask(&zone, "A.b.svc.Cluster.local.", RecordType::A);
-        assert_eq!(answer.answers[0].data, RData::A(A(address)));
-        let none = ask(&zone, "a.b.svc.cluster.local.", RecordType::AAAA);
+        let both: Vec<IpAddr> = ["10.96.3.4", "fd42::1"].map(|a| a.parse().unwrap()).into();
+        let one = vec![both[0]];
+        zone.replace(BTreeMap::from([
+            ("a.b.svc.cluster.local".into(), both.clone()),
+            ("one".into(), one),
+        ]));
+        for (kind, address) in [(RecordType::A, both[0]), (RecordType::AAAA, both[1])] {
+            let answer = ask(&zone, "A.b.svc.Cluster.local.", kind);
+            assert_eq!(answer.answers.len(), 1);
+            assert_eq!(answer.answers[0].data.ip_addr(), Some(address));
+        }
+        let none = ask(&zone, "one.", RecordType::AAAA);
         assert_eq!(none.metadata.response_code, ResponseCode::NoError);
         assert!(none.answers.is_empty());
         let unknown = ask(&zone, "example.com.", RecordType::A);
@@ -135,7 +140,7 @@ mod tests {
     #[test]
     fn an_answer_that_is_too_long_is_cut() {
         let zone = Zone::default();
-        let many = (0..200).map(|i| Ipv4Addr::new(10, 42, 0, i)).collect();
+        let many = (0..200).map(|i| IpAddr::from([10, 42, 0, i])).collect();
         zone.replace(BTreeMap::from([("many".into(), many)]));
         assert_eq!(ask(&zone, "many.", RecordType::A).answers.len(), 16);
     }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::addresses::{CONTROL, CONTROL_PORT};
+use super::addresses::control_plane;
+use super::family::IpFamily;
 use super::topology::Node;
 
 const TIMEOUT: Duration = Duration::from_millis(500);
@@ -23,9 +24,8 @@ pub struct KnownPod {
 }
 
 /// Whether the control plane accepts connections.
-pub fn control_is_ready() -> bool {
-    let address = SocketAddr::from((CONTROL, CONTROL_PORT));
-    TcpStream::connect_timeout(&address, TIMEOUT).is_ok()
+pub fn control_is_ready(families: IpFamily) -> bool {
+    TcpStream::connect_timeout(&control_plane(families), TIMEOUT).is_ok()
 }
 
 /// What a node's proxy says of itself.

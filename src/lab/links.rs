@@ -1,10 +1,10 @@
 //! Bridges, veth pairs, addresses and routes in the namespace of the calling thread, over rtnetlink.
 
 use std::io::{Error, ErrorKind, Result};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
@@ -86,25 +86,30 @@ impl Links {
         self.request(libc::RTM_DELLINK, 0, message, name)
     }
 
-    /// Gives an interface an address.
-    pub fn address(&mut self, name: &str, address: Ipv4Net) -> Result<()> {
+    /// Gives an interface an address, to be used at once.
+    pub fn address(&mut self, name: &str, address: IpNet) -> Result<()> {
         let mut message = Message::default();
-        message.bytes(&[libc::AF_INET as u8, address.prefix_len(), 0, 0]);
+        // Nobody else can have it, so that nobody needs to be asked (RFC 4862 §5.4).
+        let flags = match address {
+            IpNet::V4(_) => 0,
+            IpNet::V6(_) => libc::IFA_F_NODAD as u8,
+        };
+        message.bytes(&[family(address.addr()), address.prefix_len(), flags, 0]);
         message.bytes(&index(name)?.to_ne_bytes());
-        message.attribute(libc::IFA_LOCAL, &address.addr().octets());
-        message.attribute(libc::IFA_ADDRESS, &address.addr().octets());
+        message.attribute(libc::IFA_LOCAL, &octets(address.addr()));
+        message.attribute(libc::IFA_ADDRESS, &octets(address.addr()));
         self.create(libc::RTM_NEWADDR, message, &address.to_string())
     }
 
     /// Sends `destination` to the neighbour `via`.
-    pub fn route_via(&mut self, destination: Ipv4Net, via: Ipv4Addr) -> Result<()> {
+    pub fn route_via(&mut self, destination: IpNet, via: IpAddr) -> Result<()> {
         let mut message = Message::route(destination, libc::RT_SCOPE_UNIVERSE);
-        message.attribute(libc::RTA_GATEWAY, &via.octets());
+        message.attribute(libc::RTA_GATEWAY, &octets(via));
         self.create(libc::RTM_NEWROUTE, message, &destination.to_string())
     }
 
     /// Sends `destination` out of an interface.
-    pub fn route_on(&mut self, destination: Ipv4Net, interface: &str) -> Result<()> {
+    pub fn route_on(&mut self, destination: IpNet, interface: &str) -> Result<()> {
         let mut message = Message::route(destination, libc::RT_SCOPE_LINK);
         message.attribute(libc::RTA_OIF, &index(interface)?.to_ne_bytes());
         self.create(libc::RTM_NEWROUTE, message, &destination.to_string())
@@ -149,6 +154,20 @@ fn index(name: &str) -> Result<u32> {
     if_nametoindex(name).map_err(|e| Error::new(Error::from(e).kind(), format!("{name}: {e}")))
 }
 
+fn family(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => libc::AF_INET as u8,
+        IpAddr::V6(_) => libc::AF_INET6 as u8,
+    }
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
 /// The body of a netlink message, every part padded to four bytes.
 #[derive(Default)]
 struct Message(Vec<u8>);
@@ -160,10 +179,10 @@ impl Message {
         message
     }
 
-    fn route(destination: Ipv4Net, scope: u8) -> Self {
+    fn route(destination: IpNet, scope: u8) -> Self {
         let mut message = Self::default();
         let prefix = destination.prefix_len();
-        message.bytes(&[libc::AF_INET as u8, prefix, 0, 0]);
+        message.bytes(&[family(destination.addr()), prefix, 0, 0]);
         message.bytes(&[
             libc::RT_TABLE_MAIN,
             libc::RTPROT_STATIC,
@@ -172,7 +191,7 @@ impl Message {
         ]);
         message.bytes(&0_u32.to_ne_bytes());
         if prefix > 0 {
-            message.attribute(libc::RTA_DST, &destination.network().octets());
+            message.attribute(libc::RTA_DST, &octets(destination.network()));
         }
         message
     }

@@ -1,11 +1,11 @@
 //! The folder of objects as a cluster would show them, which the control plane reads.
 
 use std::io::Result;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
+use super::family::{Addresses, Family};
 use super::manifest::{Key, Object};
 use super::plan::PodPlan;
 
@@ -49,8 +49,8 @@ fn file_name(key: &Key) -> String {
 #[derive(Clone, Debug, PartialEq)]
 pub struct PodStatus<'a> {
     pub node: &'a str,
-    pub node_address: Ipv4Addr,
-    pub address: Ipv4Addr,
+    pub node_addresses: &'a Addresses,
+    pub addresses: &'a Addresses,
     pub ready: bool,
     pub enrolled: bool,
     pub restarts: u32,
@@ -63,7 +63,6 @@ pub fn pod(plan: &PodPlan, status: &PodStatus) -> Value {
     if status.enrolled {
         pod["metadata"]["annotations"]["ambient.istio.io/redirection"] = "enabled".into();
     }
-    let address = status.address.to_string();
     let ready = if status.ready { "True" } else { "False" };
     let containers: Vec<Value> = plan
         .containers
@@ -72,9 +71,10 @@ pub fn pod(plan: &PodPlan, status: &PodStatus) -> Value {
         .collect();
     pod["status"] = json!({
         "phase": "Running",
-        "hostIP": status.node_address.to_string(),
-        "podIP": address,
-        "podIPs": [{"ip": address}],
+        "hostIP": status.node_addresses.first(),
+        "hostIPs": ips(status.node_addresses),
+        "podIP": status.addresses.first(),
+        "podIPs": ips(status.addresses),
         "conditions": [
             {"type": "PodScheduled", "status": "True"},
             {"type": "Initialized", "status": "True"},
@@ -86,18 +86,40 @@ pub fn pod(plan: &PodPlan, status: &PodStatus) -> Value {
     pod
 }
 
-/// A service with its cluster address.
-pub fn service(object: &Object, address: Option<Ipv4Addr>) -> Value {
+fn ips(addresses: &Addresses) -> Value {
+    addresses.iter().map(|ip| json!({ "ip": ip })).collect()
+}
+
+/// A service with its families and its cluster addresses, if it has any.
+pub fn service(object: &Object, addresses: Option<&Addresses>, families: &[Family]) -> Value {
     let mut service = object.value.clone();
-    if let Some(address) = address {
-        service["spec"]["clusterIP"] = address.to_string().into();
-        service["spec"]["clusterIPs"] = json!([address.to_string()]);
+    if object.text("/spec/type") == Some("ExternalName") {
+        return service;
+    }
+    let spec = &mut service["spec"];
+    spec["ipFamilies"] = families.iter().map(ToString::to_string).collect();
+    if spec["ipFamilyPolicy"].is_null() {
+        let policy = if families.len() > 1 {
+            "RequireDualStack"
+        } else {
+            "SingleStack"
+        };
+        spec["ipFamilyPolicy"] = policy.into();
+    }
+    if let Some(addresses) = addresses {
+        spec["clusterIP"] = json!(addresses.first());
+        spec["clusterIPs"] = addresses.iter().map(|ip| json!(ip)).collect();
     }
     service
 }
 
 /// A node.
-pub fn node(name: &str, address: Ipv4Addr) -> Value {
+pub fn node(name: &str, addresses: &Addresses) -> Value {
+    let mut entries: Vec<Value> = addresses
+        .iter()
+        .map(|ip| json!({"type": "InternalIP", "address": ip}))
+        .collect();
+    entries.push(json!({"type": "Hostname", "address": name}));
     json!({
         "apiVersion": "v1",
         "kind": "Node",
@@ -107,10 +129,7 @@ pub fn node(name: &str, address: Ipv4Addr) -> Value {
             "topology.kubernetes.io/zone": format!("lab-{name}"),
         }},
         "status": {
-            "addresses": [
-                {"type": "InternalIP", "address": address.to_string()},
-                {"type": "Hostname", "address": name},
-            ],
+            "addresses": entries,
             "conditions": [{"type": "Ready", "status": "True"}],
         },
     })
@@ -118,8 +137,18 @@ pub fn node(name: &str, address: Ipv4Addr) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
+    use super::super::family::IpFamily;
     use super::super::{manifest, plan};
     use super::*;
+
+    fn addresses(last: u8) -> Addresses {
+        Addresses::of(IpFamily::Dual, |family| match family {
+            Family::V4 => IpAddr::from([10, 42, 1, last]),
+            Family::V6 => IpAddr::from([0xfd42, 0, 0, 0, 0, 0, 0, last.into()]),
+        })
+    }
 
     #[test]
     fn a_live_pod_says_where_it_runs_and_that_it_is_captured() {
@@ -128,8 +157,8 @@ mod tests {
         let plan = plan::pods(manifest::parse("f", text).unwrap().iter()).unwrap();
         let status = PodStatus {
             node: "node-1",
-            node_address: Ipv4Addr::new(10, 42, 255, 11),
-            address: Ipv4Addr::new(10, 42, 1, 9),
+            node_addresses: &addresses(1),
+            addresses: &addresses(9),
             ready: true,
             enrolled: true,
             restarts: 0,
@@ -137,11 +166,31 @@ mod tests {
         let live = pod(&plan[0], &status);
         assert_eq!(live["spec"]["nodeName"], "node-1");
         assert_eq!(live["status"]["podIP"], "10.42.1.9");
+        let both = json!([{"ip": "10.42.1.9"}, {"ip": "fd42::9"}]);
+        assert_eq!(live["status"]["podIPs"], both);
+        assert_eq!(live["status"]["hostIPs"][1]["ip"], "fd42::1");
         assert_eq!(live["status"]["conditions"][3]["status"], "True");
         assert_eq!(live["metadata"]["labels"]["app"], "p");
         assert_eq!(
             live["metadata"]["annotations"]["ambient.istio.io/redirection"],
             "enabled"
+        );
+    }
+
+    #[test]
+    fn a_live_service_says_its_families_and_addresses() {
+        let text = "apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {}\n";
+        let object = &manifest::parse("f", text).unwrap()[0];
+        let both = service(object, Some(&addresses(7)), IpFamily::Dual.families());
+        assert_eq!(
+            both["spec"],
+            json!({"clusterIP": "10.42.1.7", "clusterIPs": ["10.42.1.7", "fd42::7"],
+                "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack"})
+        );
+        let headless = service(object, None, IpFamily::Ipv6.families());
+        assert_eq!(
+            headless["spec"],
+            json!({"ipFamilies": ["IPv6"], "ipFamilyPolicy": "SingleStack"})
         );
     }
 }

@@ -5,7 +5,7 @@
 //! tens of connections.
 
 use std::io::{Read, Result, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::{Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use super::listen;
 use super::say::say;
 
 const CHUNK: usize = 256 << 10;
@@ -69,7 +70,7 @@ pub struct Figures {
 pub fn run(command: &LoadCommand) -> anyhow::Result<()> {
     match command {
         LoadCommand::Serve { port } => {
-            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port))?;
+            let listener = listen::everywhere(*port)?;
             for socket in listener.incoming().flatten() {
                 std::thread::spawn(move || answer(socket));
             }
@@ -216,6 +217,8 @@ fn request(socket: &mut TcpStream) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]

@@ -3,7 +3,7 @@
 //! `up` starts a process in new namespaces (`sandbox`), which builds the network (`topology`), starts the
 //! control plane and the proxies (`components`), and keeps pods as the applied objects say (`cluster`). The
 //! other commands speak to it over a socket (`client`, `server`). It is made for a laptop and for tests: images
-//! are not run, and there is no IPv6.
+//! are not run.
 
 mod addresses;
 mod agent;
@@ -17,8 +17,10 @@ mod container;
 mod daemon;
 mod demo;
 mod dns;
+mod family;
 mod health;
 mod links;
+mod listen;
 mod live;
 mod load;
 mod logs;

@@ -12,6 +12,8 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::family::{Addresses, IpFamily};
+
 /// Files that a namespace shows instead of the machine's own.
 #[derive(Clone, Debug, Default)]
 pub struct Etc {
@@ -20,13 +22,16 @@ pub struct Etc {
 }
 
 impl Etc {
-    /// Name resolution through `server` with `search`, and `addresses` in the hosts file.
-    pub fn resolver(server: &str, search: &str, addresses: &[(String, String)]) -> Self {
+    /// Name resolution through `servers` with `search`, and `name` in the hosts file.
+    pub fn resolver(servers: &Addresses, search: &str, name: &str, addresses: &Addresses) -> Self {
         let mut hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost\n".to_owned();
-        for (address, name) in addresses {
+        for address in addresses.iter() {
             hosts.push_str(&format!("{address}\t{name}\n"));
         }
-        let mut resolv = format!("nameserver {server}\n");
+        let mut resolv = String::new();
+        for server in servers.iter() {
+            resolv.push_str(&format!("nameserver {server}\n"));
+        }
         if !search.is_empty() {
             resolv.push_str(&format!("search {search}\noptions ndots:5\n"));
         }
@@ -55,7 +60,7 @@ impl Namespaces {
     ///
     /// # Errors
     /// What the kernel or the file system says, with the step that failed.
-    pub fn create(folder: &Path, etc: &Etc) -> Result<Self> {
+    pub fn create(folder: &Path, etc: &Etc, families: IpFamily) -> Result<Self> {
         for (name, content) in &etc.files {
             std::fs::write(folder.join(name), content)?;
         }
@@ -74,9 +79,12 @@ impl Namespaces {
             }
             set("net/ipv4/conf/all/rp_filter", "0")?;
             set("net/ipv4/conf/default/rp_filter", "0")?;
-            // Where IPv6 is compiled out there is nothing to switch off.
-            let _ = set("net/ipv6/conf/all/disable_ipv6", "1");
-            let _ = set("net/ipv6/conf/default/disable_ipv6", "1");
+            if families.has_ipv6() {
+                allow_ipv6()?;
+            } else {
+                // Where IPv6 is compiled out there is nothing to switch off.
+                let _ = switch_ipv6("1");
+            }
             super::links::Links::open()?.up("lo")?;
             Ok(Self {
                 network: Arc::new(File::open("/proc/thread-self/ns/net")?.into()),
@@ -140,8 +148,14 @@ impl Namespaces {
     }
 
     /// Lets this namespace pass packets on.
-    pub fn forward(&self) -> Result<()> {
-        self.run(|| set("net/ipv4/ip_forward", "1"))
+    pub fn forward(&self, families: IpFamily) -> Result<()> {
+        self.run(|| {
+            set("net/ipv4/ip_forward", "1")?;
+            if families.has_ipv6() {
+                set("net/ipv6/conf/all/forwarding", "1")?;
+            }
+            Ok(())
+        })
     }
 }
 
@@ -188,6 +202,29 @@ fn bind(source: &Path, target: &Path) -> Result<()> {
         None::<&str>,
     )
     .map_err(|e| step(&format!("mounting over {}", target.display()), &e.into()))
+}
+
+/// Lets the calling thread's network namespace have IPv6 at once, whatever the machine's defaults are.
+///
+/// # Errors
+/// When the kernel has none, with the remedy.
+pub fn allow_ipv6() -> Result<()> {
+    switch_ipv6("0").map_err(|e| {
+        let text = format!(
+            "this kernel has no IPv6 ({e}); start it without ipv6.disable=1, or use --ip-family ipv4"
+        );
+        Error::new(e.kind(), text)
+    })?;
+    for scope in ["all", "default"] {
+        // Before its link-local address is known to be unique, a node asks for no neighbour: seconds for each.
+        set(&format!("net/ipv6/conf/{scope}/accept_dad"), "0")?;
+    }
+    Ok(())
+}
+
+fn switch_ipv6(disable: &str) -> Result<()> {
+    set("net/ipv6/conf/all/disable_ipv6", disable)?;
+    set("net/ipv6/conf/default/disable_ipv6", disable)
 }
 
 /// Writes a kernel setting of the calling thread's namespaces.

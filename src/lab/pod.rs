@@ -1,7 +1,7 @@
 //! A running pod: its namespaces, its processes, and whether it is ready.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::addresses::PodNumber;
 use super::container::{Container, Probe};
-use super::namespaces::{Etc, Namespaces};
+use super::family::Addresses;
+use super::namespaces::Namespaces;
 use super::plan::PodPlan;
 use super::process::{ProcessSpec, Supervised};
 use super::topology::Node;
@@ -30,7 +32,8 @@ pub struct Pod {
     pub plan: PodPlan,
     /// The index of its node.
     pub node: usize,
-    pub address: Ipv4Addr,
+    pub number: PodNumber,
+    pub addresses: Addresses,
     pub namespaces: Namespaces,
     pub capture: Capture,
     health: Arc<Health>,
@@ -52,21 +55,19 @@ impl Pod {
     pub fn create(
         plan: PodPlan,
         node: &Node,
-        address: Ipv4Addr,
+        number: PodNumber,
         folder: &Path,
     ) -> std::io::Result<Self> {
         let search = format!(
             "{}.svc.cluster.local svc.cluster.local cluster.local",
             plan.namespace
         );
-        let names = [(address.to_string(), plan.name.clone())];
-        let server = super::addresses::DNS_SERVICE.to_string();
-        let etc = Etc::resolver(&server, &search, &names);
-        let namespaces = node.pod(folder, address, &etc)?;
+        let namespaces = node.pod(folder, number, &search, &plan.name)?;
         Ok(Self {
             plan,
             node: node.index,
-            address,
+            number,
+            addresses: node.pod_addresses(number),
             namespaces,
             capture: Capture::Outside,
             health: Arc::default(),
@@ -92,7 +93,7 @@ impl Pod {
         self.processes = Arc::new(processes);
         let watch = Watch {
             namespaces: self.namespaces.clone(),
-            address: self.address,
+            address: self.addresses.first(),
             probes: self
                 .plan
                 .containers
@@ -184,7 +185,7 @@ fn environment(
 /// Everything the thread that probes a pod needs.
 struct Watch {
     namespaces: Namespaces,
-    address: Ipv4Addr,
+    address: IpAddr,
     /// One for each process.
     probes: Vec<Option<Probe>>,
     processes: Arc<Vec<Supervised>>,
@@ -225,7 +226,7 @@ impl Watch {
     fn http(&self, port: u16, path: &str) -> std::io::Result<bool> {
         let mut socket = self.connect(port)?;
         socket.set_read_timeout(Some(PROBE_TIMEOUT))?;
-        let host = self.address;
+        let host = SocketAddr::from((self.address, port));
         write!(
             socket,
             "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"

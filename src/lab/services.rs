@@ -1,11 +1,13 @@
 //! What follows from the services: names for the DNS server and targets for the nodes' rules.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value;
 
+use super::addresses::{AddressError, ServiceWish, cluster_addresses};
 use super::cluster::Cluster;
+use super::family::{Addresses, Family, IpFamily};
 use super::manifest::Object;
 use super::pod::Pod;
 use super::service_rules::ServicePort;
@@ -18,13 +20,56 @@ pub fn name(service: &Object) -> String {
     format!("{}/{}", service.key.namespace, service.key.name)
 }
 
+/// What a service says about its addresses.
+pub fn wish(service: &Object) -> ServiceWish<'_> {
+    let spec = &service.value["spec"];
+    let texts = |field: &str| -> Vec<&str> {
+        let list = spec[field].as_array().into_iter().flatten();
+        list.filter_map(Value::as_str).collect()
+    };
+    let mut addresses = texts("clusterIPs");
+    if addresses.is_empty() {
+        addresses.extend(spec["clusterIP"].as_str());
+    }
+    ServiceWish {
+        service: name(service),
+        addresses,
+        families: texts("ipFamilies"),
+        policy: spec["ipFamilyPolicy"].as_str(),
+    }
+}
+
+/// The cluster addresses of all services among some objects, by `namespace/name`.
+///
+/// # Errors
+/// The first service whose wish cannot be granted.
+pub fn addresses(
+    lab: IpFamily,
+    objects: &[Object],
+) -> Result<BTreeMap<String, Addresses>, AddressError> {
+    let wishes: Vec<ServiceWish> = objects
+        .iter()
+        .filter(|o| o.key.kind == "Service" && o.text("/spec/type") != Some("ExternalName"))
+        .map(wish)
+        .collect();
+    cluster_addresses(lab, &wishes)
+}
+
 /// Every service's name with its cluster address, or the ready pods of one that has none.
-pub fn names(cluster: &Cluster) -> BTreeMap<String, Vec<Ipv4Addr>> {
+pub fn names(cluster: &Cluster) -> BTreeMap<String, Vec<IpAddr>> {
     of(cluster)
         .map(|service| {
             let addresses = match cluster.addresses.get(&name(service)) {
-                Some(address) => vec![*address],
-                None => ready_pods(cluster, service).map(|p| p.address).collect(),
+                Some(addresses) => addresses.iter().collect(),
+                None => {
+                    let families = wish(service).families(cluster.families);
+                    let families = families.unwrap_or_default();
+                    let wanted = |address: &IpAddr| families.contains(&Family::of(*address));
+                    let pods = ready_pods(cluster, service);
+                    pods.flat_map(|pod| pod.addresses.iter())
+                        .filter(wanted)
+                        .collect()
+                }
             };
             let host = format!("{}.{}.{DOMAIN}", service.key.name, service.key.namespace);
             (host, addresses)
@@ -36,22 +81,26 @@ pub fn names(cluster: &Cluster) -> BTreeMap<String, Vec<Ipv4Addr>> {
 pub fn ports(cluster: &Cluster) -> Vec<ServicePort> {
     let mut ports = Vec::new();
     for service in of(cluster) {
-        let Some(address) = cluster.addresses.get(&name(service)) else {
+        let Some(addresses) = cluster.addresses.get(&name(service)) else {
             continue;
         };
         for port in tcp_ports(service) {
             let Some(number) = number(&port["port"]) else {
                 continue;
             };
-            let endpoints: Vec<_> = ready_pods(cluster, service)
-                .filter_map(|pod| Some((pod.address, target(port, &pod.plan.object)?)))
-                .collect();
-            if !endpoints.is_empty() {
-                ports.push(ServicePort {
-                    address: *address,
-                    port: number,
-                    endpoints,
-                });
+            for address in addresses.iter() {
+                let endpoint = |pod: &Pod| {
+                    let own = pod.addresses.get(Family::of(address))?;
+                    Some(SocketAddr::new(own, target(port, &pod.plan.object)?))
+                };
+                let endpoints: Vec<_> = ready_pods(cluster, service).filter_map(endpoint).collect();
+                if !endpoints.is_empty() {
+                    ports.push(ServicePort {
+                        address,
+                        port: number,
+                        endpoints,
+                    });
+                }
             }
         }
     }
@@ -64,7 +113,7 @@ pub fn status(cluster: &Cluster) -> Vec<ServiceStatus> {
         .map(|service| ServiceStatus {
             namespace: service.key.namespace.clone(),
             name: service.key.name.clone(),
-            address: cluster.addresses.get(&name(service)).copied(),
+            addresses: cluster.addresses.get(&name(service)).cloned(),
             ports: tcp_ports(service)
                 .filter_map(|p| number(&p["port"]))
                 .collect(),

@@ -18,6 +18,8 @@ const TUNNEL_PORT: u16 = 15008;
 const FRAME: usize = 70 << 10;
 const BUFFER: usize = 32 << 20;
 const IPV4: [u8; 2] = [0x08, 0x00];
+const IPV6: [u8; 2] = [0x86, 0xdd];
+const IPV6_HEADER: usize = 40;
 const TCP: u8 = 6;
 
 /// A watch that is going on.
@@ -92,11 +94,15 @@ fn note(sighting: &mut Sighting, frame: &[u8], needles: &[Vec<u8>]) {
     }
 }
 
-/// Source and destination port of an Ethernet frame with TCP over IPv4.
+/// Source and destination port of an Ethernet frame with TCP. Nobody in a lab sends IPv6 extension headers before it.
 fn tcp_ports(frame: &[u8]) -> Option<[u16; 2]> {
-    let packet = frame.get(14..).filter(|_| frame[12..14] == IPV4)?;
-    let header = usize::from(packet.first()? & 0x0f) * 4;
-    if *packet.get(9)? != TCP {
+    let packet = frame.get(14..)?;
+    let (protocol, header) = match [frame[12], frame[13]] {
+        IPV4 => (packet.get(9)?, usize::from(packet.first()? & 0x0f) * 4),
+        IPV6 => (packet.get(6)?, IPV6_HEADER),
+        _ => return None,
+    };
+    if *protocol != TCP {
         return None;
     }
     let ports = packet.get(header..header + 4)?;
@@ -118,14 +124,19 @@ mod tests {
         frame[14 + 9] = TCP;
         frame[14 + 22..14 + 24].copy_from_slice(&TUNNEL_PORT.to_be_bytes());
         frame.extend_from_slice(b"GET /productpage HTTP/1.1");
+        let mut other = vec![0; 14 + 40 + 20];
+        other[12..14].copy_from_slice(&IPV6);
+        other[14 + 6] = TCP;
+        other[14 + 40..14 + 42].copy_from_slice(&TUNNEL_PORT.to_be_bytes());
         let needles = [b"GET /productpage".to_vec(), b"curl".to_vec()];
         let mut sighting = Sighting {
             found: vec![0, 0],
             ..Sighting::default()
         };
         note(&mut sighting, &frame, &needles);
+        note(&mut sighting, &other, &needles);
         note(&mut sighting, b"short", &needles);
         assert_eq!(sighting.found, [1, 0]);
-        assert_eq!((sighting.frames, sighting.tunnel_frames), (2, 1));
+        assert_eq!((sighting.frames, sighting.tunnel_frames), (3, 2));
     }
 }

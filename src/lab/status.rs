@@ -41,7 +41,7 @@ pub fn collect(cluster: &Cluster) -> Status {
     };
     let node = |machine: &Machine| NodeStatus {
         name: machine.node.name.clone(),
-        address: machine.node.address,
+        addresses: machine.node.addresses.clone(),
         proxy: process(&machine.proxy, health::proxy_is_ready(&machine.node)),
         news: news(cluster, &machine.node),
     };
@@ -50,14 +50,15 @@ pub fn collect(cluster: &Cluster) -> Status {
         name: pod.plan.name.clone(),
         deployment: deployment(pod),
         node: cluster.machines[pod.node].node.name.clone(),
-        address: pod.address,
+        addresses: pod.addresses.clone(),
         ready: pod.is_ready(),
         restarts: pod.restarts(),
         capture: pod.capture.clone(),
         containers: pod.plan.containers.iter().map(|c| c.name.clone()).collect(),
     };
     Status {
-        control: process(&cluster.control, health::control_is_ready()),
+        families: cluster.families,
+        control: process(&cluster.control, health::control_is_ready(cluster.families)),
         nodes: cluster.machines.iter().map(node).collect(),
         pods: cluster.pods.values().map(pod).collect(),
         services: services::status(cluster),
@@ -116,7 +117,7 @@ pub fn render(status: &Status) -> String {
             .map(str::to_owned)
             .to_vec(),
     ];
-    let control = format!("{}:{}", addresses::CONTROL, addresses::CONTROL_PORT);
+    let control = addresses::control_plane(status.families).to_string();
     nodes.push(vec![
         "control".into(),
         control,
@@ -128,7 +129,7 @@ pub fn render(status: &Status) -> String {
     for node in &status.nodes {
         nodes.push(vec![
             node.name.clone(),
-            node.address.to_string(),
+            node.addresses.to_string(),
             ready(node.proxy.ready),
             node.proxy.restarts.to_string(),
             format!("{}/{count}", count.saturating_sub(node.news.len())),
@@ -149,7 +150,7 @@ pub fn render(status: &Status) -> String {
             pod.namespace.clone(),
             pod.name.clone(),
             pod.node.clone(),
-            pod.address.to_string(),
+            pod.addresses.to_string(),
             if pod.ready { "yes" } else { "no" }.into(),
             pod.restarts.to_string(),
             match &pod.capture {
@@ -169,7 +170,10 @@ pub fn render(status: &Status) -> String {
         services.push(vec![
             service.namespace.clone(),
             service.name.clone(),
-            service.address.map_or("none".into(), |a| a.to_string()),
+            match &service.addresses {
+                Some(addresses) => addresses.to_string(),
+                None => "none".into(),
+            },
             ports.join(","),
         ]);
     }
@@ -195,6 +199,7 @@ fn table(rows: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::family::{Addresses, IpFamily};
     use super::*;
 
     #[test]
@@ -225,7 +230,7 @@ mod tests {
                 name: "p".into(),
                 deployment: None,
                 node: "node-0".into(),
-                address: [10, 42, 0, 2].into(),
+                addresses: Addresses::of(IpFamily::Ipv4, |_| [10, 42, 0, 2].into()),
                 ready: false,
                 restarts: 0,
                 capture: Capture::Outside,

@@ -11,10 +11,11 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::client::Lab;
 use super::daemon::Settings;
+use super::family::IpFamily;
 use super::manifest::{self, Object};
 use super::sandbox::{self, Launched};
 use super::say::say;
-use super::{addresses, plan, samples, state};
+use super::{addresses, plan, samples, services, state};
 
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -27,6 +28,9 @@ pub struct UpArgs {
     /// How many nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=i64::from(addresses::MOST_NODES)))]
     pub nodes: u8,
+    /// The addresses of nodes, pods and services
+    #[arg(long, value_enum, default_value_t)]
+    pub ip_family: IpFamily,
     /// Return as soon as everything is ready, and leave the lab running
     #[arg(short, long)]
     pub detach: bool,
@@ -87,12 +91,14 @@ pub fn start(
 ) -> anyhow::Result<Option<Launched>> {
     // What cannot run is said before anything is started.
     plan::pods(objects.iter())?;
+    services::addresses(arguments.ip_family, &objects)?;
     for name in state::remove_dead() {
         show(&format!("removed what lab {name} had left"));
     }
     let lock = lab.dir().create()?;
     Settings {
         nodes: arguments.nodes,
+        families: arguments.ip_family,
         proxy_env: arguments.proxy_env.clone(),
         objects,
     }

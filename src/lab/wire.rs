@@ -3,13 +3,13 @@
 //! `exec` sends its three standard descriptors along with the line.
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, IoSlice, IoSliceMut, Result, Write};
-use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 
+use super::family::{Addresses, IpFamily};
 use super::manifest::{Key, Object};
 
 /// The longest line that is read.
@@ -57,6 +57,7 @@ pub enum Answer {
 /// Everything that `warren lab status` shows.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Status {
+    pub families: IpFamily,
     pub control: Process,
     pub nodes: Vec<NodeStatus>,
     pub pods: Vec<PodStatus>,
@@ -72,7 +73,7 @@ pub struct Process {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct NodeStatus {
     pub name: String,
-    pub address: Ipv4Addr,
+    pub addresses: Addresses,
     pub proxy: Process,
     /// The ready pods that its proxy has not yet heard of as they are, `namespace/name`.
     pub news: Vec<String>,
@@ -84,7 +85,7 @@ pub struct PodStatus {
     pub name: String,
     pub deployment: Option<String>,
     pub node: String,
-    pub address: Ipv4Addr,
+    pub addresses: Addresses,
     pub ready: bool,
     pub restarts: u32,
     pub capture: Capture,
@@ -105,7 +106,7 @@ pub enum Capture {
 pub struct ServiceStatus {
     pub namespace: String,
     pub name: String,
-    pub address: Option<Ipv4Addr>,
+    pub addresses: Option<Addresses>,
     pub ports: Vec<u16>,
 }
 

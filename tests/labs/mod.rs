@@ -28,9 +28,9 @@ pub struct Lab {
 }
 
 /// Runs the demonstration; `None` where labs are impossible.
-pub fn demo() -> Option<String> {
+pub fn demo(ip_family: &str) -> Option<String> {
     let lab = Lab::new(None);
-    let output = lab.run(&["demo"]);
+    let output = lab.run(&["demo", "--ip-family", ip_family]);
     assert!(
         output.code == 0 || refused(&output),
         "{}{}",
@@ -48,9 +48,18 @@ pub fn up_without_tools(manifests: &str) -> Output {
     finish(command, manifests)
 }
 
-/// Whether the kernel does not let this user have namespaces; says so.
+/// Tries to start a lab that cannot be.
+pub fn up_refused(manifests: &str, more: &[&str]) -> Output {
+    let lab = Lab::new(None);
+    let output = lab.start(manifests, more);
+    assert_ne!(output.code, 0);
+    output
+}
+
+/// Whether the kernel has no IPv6, or does not let this user have namespaces; says so.
 pub fn refused(output: &Output) -> bool {
-    let refused = output.stderr.contains("may not make namespaces");
+    let reasons = ["may not make namespaces", "this kernel has no IPv6"];
+    let refused = reasons.iter().any(|reason| output.stderr.contains(reason));
     if refused {
         eprintln!("skipped: {}", output.stderr.trim());
     }
@@ -78,8 +87,8 @@ impl Lab {
     }
 
     /// A lab of an ordinary user; `None` where that is impossible.
-    pub fn up_as_nobody(manifests: &str) -> Option<Self> {
-        Self::new(Some(NOBODY)).started(manifests, &[])
+    pub fn up_as_nobody(manifests: &str, more: &[&str]) -> Option<Self> {
+        Self::new(Some(NOBODY)).started(manifests, more)
     }
 
     /// A lab whose command stays.
@@ -140,7 +149,10 @@ impl Lab {
             // The build folder may be closed to others.
             Some(_) => {
                 let copy = folder.join("warren");
-                std::fs::copy(built, &copy).unwrap();
+                // By another process: what a concurrent test starts would inherit the open copy for a moment, and
+                // the kernel runs no file that is open for writing.
+                let copied = Command::new("cp").args([&built, &copy]).status();
+                assert!(copied.unwrap().success());
                 std::fs::set_permissions(&copy, PermissionsExt::from_mode(0o755)).unwrap();
                 copy
             }
@@ -204,6 +216,14 @@ impl Lab {
 
     fn exec_command(&self, namespace: &str, pod: &str, script: &str) -> Command {
         self.command(&["exec", "-n", namespace, pod, "--", "sh", "-c", script])
+    }
+
+    /// What all proxies logged of flows in one direction.
+    pub fn access_lines(&self, direction: &str) -> Vec<String> {
+        let direction = format!("direction=\"{direction}\"");
+        let log = self.run(&["logs"]).stdout;
+        let lines = log.lines().filter(|line| line.contains(&direction));
+        lines.map(str::to_owned).collect()
     }
 
     /// What a pod logged.

@@ -292,6 +292,12 @@ metadata: {name: n1, labels: {topology.kubernetes.io/zone: z1}}
             0
         );
         assert_eq!(with("status: 'True'", "status: 'False'").unwrap().status, 1);
+        let both = "podIP: 10.0.0.9\n  podIPs: [{ip: 10.0.0.9}, {ip: 'fd00::9'}]";
+        let lengths = |pod: proto::Workload| pod.addresses.iter().map(Vec::len).collect::<Vec<_>>();
+        assert_eq!(
+            with("podIP: 10.0.0.9", both).map(lengths),
+            Some(vec![4, 16])
+        );
         assert_eq!(with("podIP: 10.0.0.9", "podIP: ''"), None);
         assert_eq!(
             with("podIP: 10.0.0.9", "phase: Failed\n  podIP: 10.0.0.9"),

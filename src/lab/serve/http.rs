@@ -77,7 +77,7 @@ where
                 continue;
             }
         };
-        let answer = Rc::clone(&answer);
+        let (answer, peer) = (Rc::clone(&answer), peer.ip().to_canonical());
         tokio::task::spawn_local(async move {
             let service = service_fn(move |request: hyper::Request<Incoming>| {
                 let path = request

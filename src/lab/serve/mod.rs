@@ -3,13 +3,14 @@
 mod http;
 mod pages;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use http::{Reply, Request};
+
+use super::listen;
 
 /// What one process of the sample application does.
 #[derive(Args, Clone, Debug)]
@@ -60,13 +61,14 @@ pub fn run(arguments: ServeArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), arguments.port);
+    let port = arguments.port;
+    let listener =
+        listen::everywhere(port).with_context(|| format!("cannot listen on port {port}"))?;
+    listener.set_nonblocking(true)?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
-        let listener = tokio::net::TcpListener::bind(address)
-            .await
-            .with_context(|| format!("cannot listen on {address}"))?;
-        println!("{:?} listens on {address}", arguments.role);
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        println!("{:?} listens on port {port}", arguments.role);
         let part = Rc::new(Part { arguments });
         http::serve(listener, move |request| {
             let part = Rc::clone(&part);
