@@ -337,6 +337,22 @@ mod tests {
         assert_eq!(read(wrong.clone()).unwrap_err(), expected);
         wrong.services = [("ns/host".to_string(), list(65_535))].into();
         assert!(read(wrong).is_ok());
+        let mut tunnelled = record();
+        tunnelled.application_tunnel = Some(proto::ApplicationTunnel {
+            protocol: 1,
+            port: 65_616,
+        });
+        let expected = "application_tunnel.port 65616 is not a port number";
+        assert_eq!(read(tunnelled).unwrap_err(), expected);
+        let mut fronted = record();
+        fronted.waypoint = Some(proto::GatewayAddress {
+            destination: Some(proto::gateway_address::Destination::Hostname(
+                Default::default(),
+            )),
+            hbone_mtls_port: 80_000,
+        });
+        let expected = "waypoint: hbone_mtls_port 80000 is not a port number";
+        assert_eq!(read(fronted).unwrap_err(), expected);
     }
 
     #[test]
