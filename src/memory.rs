@@ -1,10 +1,13 @@
-//! Memory that the allocator keeps although nobody uses it, and when it is given back to the kernel.
+//! Memory that is kept although nobody uses it, and when it is given back to the kernel: the allocator's, and the program's
+//! own pages that only its start needed.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::telemetry::Telemetry;
 
+/// When the start is over.
+const START: Duration = Duration::from_secs(2);
 /// How often the number of flows is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// So many fewer flows than there were leave enough behind.
@@ -33,8 +36,47 @@ fn machine() -> Option<u64> {
     Some(kilobytes << 10)
 }
 
-/// Gives memory back after every burst of flows, for ever.
+/// Unmaps the pages of code and constants, which come back from the page cache as they are needed.
+///
+/// Reading the configuration, compiling filters and shaking hands for the first time touches most of the program once.
+fn forget_start() {
+    // SAFETY: the callback gets what it expects.
+    unsafe { libc::dl_iterate_phdr(Some(unmap), std::ptr::null_mut()) };
+}
+
+/// Unmaps a loaded object's pages that nobody can have written to.
+///
+/// # Safety
+/// Called by `dl_iterate_phdr`.
+unsafe extern "C" fn unmap(
+    info: *mut libc::dl_phdr_info,
+    _: usize,
+    _: *mut libc::c_void,
+) -> libc::c_int {
+    const PAGE: usize = 4096;
+    // SAFETY: the linker gives a valid description.
+    let (base, headers) = unsafe {
+        let info = &*info;
+        let headers = std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into());
+        (info.dlpi_addr as usize, headers)
+    };
+    let fixed = |header: &&libc::Elf64_Phdr| {
+        header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0
+    };
+    for header in headers.iter().filter(fixed) {
+        let start = (base + header.p_vaddr as usize) & !(PAGE - 1);
+        let end = base + (header.p_vaddr + header.p_filesz) as usize;
+        // Where pages are larger, or the object has no file, the call fails and changes nothing.
+        // SAFETY: the pages are the file's own; whatever is read there next is read from the file again.
+        unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_DONTNEED) };
+    }
+    0
+}
+
+/// Gives memory back once the start is over and after every burst of flows, for ever.
 pub async fn follow(telemetry: Arc<Telemetry>) {
+    tokio::time::sleep(START).await;
+    forget_start();
     let mut peak = Peak::default();
     loop {
         tokio::time::sleep(LOOK).await;
