@@ -182,7 +182,7 @@ impl Certificates {
                 }
             }
             if deliveries.changed().await.is_err() {
-                return; // Whoever pushed has ended, and with it this process.
+                return; // Nobody is left to push.
             }
         }
     }

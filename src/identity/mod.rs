@@ -41,7 +41,7 @@ pub enum IdentityError {
     WorkloadApi { socket: String, reason: String },
     /// The Workload API sent certificates, but none of this identity.
     #[error(
-        "the SPIFFE Workload API server has no entry for {0} (hint: register it, selected by this proxy's process)"
+        "the SPIFFE Workload API server has no entry for {0} (hint: add one whose selectors match this proxy's process)"
     )]
     NoEntry(Identity),
     #[error("the certificate of {identity} has expired and none newer came: {reason}")]

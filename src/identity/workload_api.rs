@@ -133,7 +133,7 @@ fn words(status: &Status) -> String {
     let (code, text) = explain(status);
     let hint = match code {
         Code::PermissionDenied => {
-            " (hint: register the identities of this node's workloads, selected by this proxy's process)"
+            " (hint: add entries for this node's workloads whose selectors match this proxy's process)"
         }
         _ => "",
     };
