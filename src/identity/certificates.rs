@@ -307,18 +307,21 @@ impl Entry {
 
     /// Takes the state that follows from a delivery.
     fn settle(&self, delivered: &Delivered) {
-        self.set(match delivered.certificate(&self.identity) {
+        let state = match delivered.certificate(&self.identity) {
             None => State::Initializing,
             Some(Ok(tls)) => State::Available(tls),
-            Some(Err(error)) => {
-                let told =
-                    matches!(&**self.state.load(), State::Unavailable(told) if *told == error);
-                if !told && matches!(error, IdentityError::NoEntry(_)) {
-                    tracing::warn!("{error}");
-                }
-                State::Unavailable(error)
-            }
-        });
+            Some(Err(error)) => State::Unavailable(error),
+        };
+        let told = matches!(
+            **self.state.load(),
+            State::Unavailable(IdentityError::NoEntry(_))
+        );
+        if let State::Unavailable(error @ IdentityError::NoEntry(_)) = &state
+            && !told
+        {
+            tracing::warn!("{error}");
+        }
+        self.set(state);
     }
 }
 

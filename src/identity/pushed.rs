@@ -35,7 +35,9 @@ impl Delivered {
                 identity: identity.clone(),
                 reason: match &self.trouble {
                     Some(error) => error.to_string(),
-                    None => "its server is connected but sends none".to_string(),
+                    None => {
+                        "the SPIFFE Workload API server is connected but sends none".to_string()
+                    }
                 },
             }),
             None => Err(IdentityError::NoEntry(identity.clone())),
