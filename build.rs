@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "authorization.proto",
         "ads.proto",
         "ca.proto",
+        "spiffe.proto",
     ];
     for file in files {
         println!("cargo::rerun-if-changed=src/proto/{file}");

@@ -10,7 +10,7 @@ use hbone::TlsOptions;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{LocalSet, spawn_local};
 
 use crate::admin::config_dump;
@@ -22,7 +22,7 @@ use crate::dns::hosts::Hosts;
 use crate::identity::channel::Peer;
 use crate::identity::fake_ca::FakeCa;
 use crate::identity::token::Credentials;
-use crate::identity::{CaClient, Certificates, crl};
+use crate::identity::{CaClient, Certificates, Delivered, WorkloadApi, crl};
 use crate::local::{self, Local};
 use crate::memory;
 use crate::mesh::{Store, dump};
@@ -194,12 +194,17 @@ async fn serve_pods(config: &Config, pods: &Pods, starting: [Task; 2]) -> anyhow
 }
 
 fn certificates(config: &Config) -> anyhow::Result<Certificates> {
+    let tls = TlsOptions {
+        tls12: config.tls12,
+        pqc: config.pqc,
+    };
+    if let Some(socket) = &config.spiffe_socket {
+        let (deliver, delivered) = watch::channel(Delivered::default());
+        spawn_local(WorkloadApi::new(socket, tls).run(deliver));
+        return Ok(Certificates::pushed(delivered));
+    }
     if config.fake_ca {
         tracing::warn!("FAKE_CA=true: certificates are signed here and prove nothing");
-        let tls = TlsOptions {
-            tls12: config.tls12,
-            pqc: config.pqc,
-        };
         return Ok(Certificates::new(Arc::new(FakeCa::open(tls)?)));
     }
     let peer = Peer::new(config, &config.ca).context("CA_ADDRESS is empty")?;

@@ -23,9 +23,10 @@ pub trait Dialer {
     /// Connects to `destination` within a bounded time.
     fn dial(&self, destination: SocketAddr) -> LocalBoxFuture<'_, io::Result<TcpStream>>;
 
-    /// The certificate that tunnels are made with now, if that is known: those made with another take no new streams.
-    fn certificate(&self, _source: &Identity) -> Option<Arc<TlsIdentity>> {
-        None
+    /// Whether `source` may open new streams on tunnels that were made with this certificate: not once it was replaced
+    /// or withdrawn.
+    fn is_current(&self, _source: &Identity, _certificate: &Arc<TlsIdentity>) -> bool {
+        true
     }
 }
 
@@ -103,9 +104,9 @@ impl Tunnel {
         }))
     }
 
-    /// Whether it was made with that certificate.
-    pub fn is_made_with(&self, tls: &Arc<TlsIdentity>) -> bool {
-        Arc::ptr_eq(&self.tls, tls)
+    /// The certificate that it was made with.
+    pub fn certificate(&self) -> &Arc<TlsIdentity> {
+        &self.tls
     }
 
     /// Whether another stream may be opened now.

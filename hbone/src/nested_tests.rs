@@ -159,25 +159,29 @@ async fn a_tunnel_ends_with_the_certificate_of_either_end() {
     .await;
 }
 
-/// Dials with whatever certificate is the newest.
-struct Renewing(Rc<RefCell<Arc<TlsIdentity>>>);
+/// Dials with whatever certificate is the newest, if there still is one.
+struct Renewing(Rc<RefCell<Option<Arc<TlsIdentity>>>>);
 
 impl Dialer for Renewing {
     fn dial(&self, destination: SocketAddr) -> LocalBoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(TcpStream::connect(destination))
     }
 
-    fn certificate(&self, _: &Identity) -> Option<Arc<TlsIdentity>> {
-        Some(self.0.borrow().clone())
+    fn is_current(&self, _: &Identity, certificate: &Arc<TlsIdentity>) -> bool {
+        let newest = self.0.borrow();
+        newest
+            .as_ref()
+            .is_some_and(|newest| Arc::ptr_eq(newest, certificate))
     }
 }
 
 #[tokio::test]
-async fn a_tunnel_of_a_replaced_certificate_takes_no_new_streams() {
+async fn a_tunnel_of_a_replaced_or_withdrawn_certificate_takes_no_new_streams() {
     local(async {
         let authority = Authority::new();
         let server = server(authority.issue(SERVER), Http2Config::default()).await;
-        let newest = Rc::new(RefCell::new(authority.issue(CLIENT)));
+        let (old, new) = (authority.issue(CLIENT), authority.issue(CLIENT));
+        let newest = Rc::new(RefCell::new(Some(old.clone())));
         let config = Http2Config {
             unused_release: Duration::from_millis(400),
             ..Http2Config::default()
@@ -187,19 +191,22 @@ async fn a_tunnel_of_a_replaced_certificate_takes_no_new_streams() {
             Rc::new(config),
             Rc::new(Renewing(newest.clone())),
         );
-        let open = async || {
-            let identity = newest.borrow().clone();
-            open(&pool, &key(server.address), &identity, "10.0.0.1:80").await
+        let open = async |identity: &Arc<TlsIdentity>| {
+            open(&pool, &key(server.address), identity, "10.0.0.1:80")
+                .await
+                .unwrap()
         };
-        let first = open().await.unwrap();
-        let _second = open().await.unwrap();
+        let first = open(&old).await;
+        let _second = open(&old).await;
         assert_eq!(server.tunnels.get(), 1);
-        *newest.borrow_mut() = authority.issue(CLIENT);
-        while pool.tunnels() > 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        for (current, tunnels) in [(Some(new.clone()), 2), (None, 3)] {
+            *newest.borrow_mut() = current;
+            while server.tunnels.get() < tunnels {
+                // What is in use is let go of for no other reason.
+                drop(open(&new).await);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         }
-        let _third = open().await.unwrap();
-        assert_eq!(server.tunnels.get(), 2);
         let (mut client, carried) = socket_pair().await;
         spawn_local(async move { first.stream.carry(carried, &Rc::default()).await });
         let (mut application, _) = server.application.accept().await.unwrap();

@@ -287,7 +287,7 @@ impl Drop for Inner {
     }
 }
 
-/// Lets go of tunnels that took no stream for `unused`, or whose certificate was replaced; ends when there are none left.
+/// Lets go of tunnels that took no stream for `unused`, or whose certificate is no longer in use; ends with the last.
 async fn sweep(inner: Weak<Inner>, unused: Duration) {
     loop {
         let rest = (unused / 4).min(LOOK) + Duration::from_millis(1);
@@ -296,11 +296,8 @@ async fn sweep(inner: Weak<Inner>, unused: Duration) {
         let now = Instant::now();
         let mut entries = inner.entries.borrow_mut();
         entries.retain(|key, entry| {
-            let current = inner.dialer.certificate(&key.src);
             entry.tunnels.retain(|tunnel| {
-                let outdated = current
-                    .as_ref()
-                    .is_some_and(|current| !tunnel.is_made_with(current));
+                let outdated = !inner.dialer.is_current(&key.src, tunnel.certificate());
                 let rested = now.duration_since(tunnel.last_used()) >= unused;
                 let keep = !tunnel.is_dead() && !outdated && !rested;
                 if !keep {

@@ -71,6 +71,7 @@ pub fn config(config: &Config) -> Value {
         "caAddress": config.ca.address,
         "caRootCert": root(&config.ca),
         "altCaHostname": config.ca.alt_hostname,
+        "spiffeEndpointSocket": config.spiffe_socket,
         "xdsAddress": config.xds.address,
         "xdsRootCert": root(&config.xds),
         "altXdsHostname": config.xds.alt_hostname,

@@ -115,6 +115,23 @@ impl Variables {
         })
     }
 
+    /// The socket of the SPIFFE Workload API, if certificates come from it; then they come from nowhere else.
+    pub fn spiffe_socket(&self, fake_ca: bool) -> Result<Option<String>, ConfigError> {
+        let name = "SPIFFE_ENDPOINT_SOCKET";
+        let socket = self.optional(name, parse::unix_socket)?;
+        let other = match (self.text("CA_ADDRESS"), fake_ca) {
+            (Some(_), _) => "CA_ADDRESS",
+            (None, true) => "FAKE_CA",
+            (None, false) => return Ok(socket),
+        };
+        match socket {
+            None => Ok(None),
+            Some(_) => Err(ConfigError::Invalid(format!(
+                "{name} and {other} are both set, but certificates come from one source: unset one of them"
+            ))),
+        }
+    }
+
     pub fn metadata(&self, proxy_config: &ProxyConfig) -> BTreeMap<String, String> {
         let bare = |key: &str| key.trim_start_matches("ISTIO_META_").to_string();
         let mut metadata: BTreeMap<String, String> = proxy_config

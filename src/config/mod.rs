@@ -161,7 +161,10 @@ pub struct Config {
     /// Revocation lists.
     pub crl: Option<PathBuf>,
     pub xds: ControlPeer,
+    /// Switched off where certificates come from elsewhere.
     pub ca: ControlPeer,
+    /// The socket of the SPIFFE Workload API, where certificates come from it and not from a CA.
+    pub spiffe_socket: Option<String>,
     pub token: TokenSource,
     pub preferred_service_namespace: Option<String>,
     pub secret_ttl: Duration,
@@ -289,7 +292,12 @@ impl Config {
                 "https://localhost:15012".to_string()
             }
         });
-        let ca = env.peer("CA", &default_control)?;
+        let fake_ca = env.get("FAKE_CA", "false", parse::boolean)?;
+        let spiffe_socket = env.spiffe_socket(fake_ca)?;
+        let mut ca = env.peer("CA", &default_control)?;
+        if spiffe_socket.is_some() {
+            ca.address = None;
+        }
         let token = match env.text("AUTH_TOKEN") {
             Some(value) if std::path::Path::new(value).exists() => TokenSource::File(value.into()),
             Some(value) => TokenSource::Static(value.to_string()),
@@ -298,10 +306,10 @@ impl Config {
             }
             None => TokenSource::None,
         };
-        let fake_ca = env.get("FAKE_CA", "false", parse::boolean)?;
-        if ca.address.is_none() && !fake_ca {
+        if ca.address.is_none() && spiffe_socket.is_none() && !fake_ca {
             return Err(ConfigError::Invalid(
-                "CA_ADDRESS is empty: without a CA no identity can be had; name the CA's address"
+                "CA_ADDRESS is empty: without a CA no identity can be had; name the CA's address, or the socket of a \
+                 SPIFFE Workload API server in SPIFFE_ENDPOINT_SOCKET"
                     .into(),
             ));
         }
@@ -357,6 +365,7 @@ impl Config {
             trust_domain: env.owned("TRUST_DOMAIN", "cluster.local"),
             xds,
             ca,
+            spiffe_socket,
             token,
             preferred_service_namespace: env.text("PREFERED_SERVICE_NAMESPACE").map(str::to_string),
             secret_ttl: env.get("SECRET_TTL", "24h", parse::duration)?,

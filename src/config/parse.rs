@@ -18,6 +18,15 @@ pub fn list<T: std::str::FromStr<Err = String>>(text: &str) -> Result<Vec<T>, St
     items.map(str::parse).collect()
 }
 
+/// The path of `unix:///path` or `unix:/path`.
+pub fn unix_socket(text: &str) -> Result<String, String> {
+    text.strip_prefix("unix:")
+        .map(|rest| rest.strip_prefix("//").unwrap_or(rest))
+        .filter(|path| path.starts_with('/') && !path.ends_with('/') && !path.contains(['?', '#']))
+        .map(str::to_string)
+        .ok_or_else(|| "expected unix:///PATH: only Unix sockets are supported".to_string())
+}
+
 /// Seconds per unit of a duration; `None` for a word that is no unit.
 fn unit_nanos(unit: &str) -> Option<f64> {
     Some(match unit {

@@ -35,6 +35,10 @@ fn a_malformed_value_is_refused_by_name() {
         ("FLOW_BUDGET", "0"),
         ("MEMORY_BUDGET", "64Mib"),
         ("MEMORY_BUDGET_PER_POD", "Gi"),
+        ("SPIFFE_ENDPOINT_SOCKET", "tcp://127.0.0.1:8081"),
+        ("SPIFFE_ENDPOINT_SOCKET", "unix://agent/api.sock"),
+        ("SPIFFE_ENDPOINT_SOCKET", "unix:api.sock"),
+        ("SPIFFE_ENDPOINT_SOCKET", "/run/api.sock"),
     ] {
         let error = load(&[(name, value)]).unwrap_err().to_string();
         assert!(
@@ -132,4 +136,24 @@ fn budgets_are_numbers_of_flows_and_of_bytes() {
     .unwrap();
     assert_eq!(config.flow_budgets, [None, Some(100)]);
     assert_eq!(config.memory_budgets, [Some(64 << 20), Some(2_000_000)]);
+}
+
+#[test]
+fn a_workload_api_takes_the_place_of_the_ca() {
+    for (value, ca) in [
+        ("unix:///run/api.sock", None),
+        ("unix:/run/api.sock", Some("")),
+    ] {
+        let mut variables = vec![("SPIFFE_ENDPOINT_SOCKET", value)];
+        variables.extend(ca.map(|ca| ("CA_ADDRESS", ca)));
+        let config = load(&variables).unwrap();
+        assert_eq!(config.spiffe_socket.as_deref(), Some("/run/api.sock"));
+        assert_eq!(config.ca.address, None);
+    }
+    for other in [("CA_ADDRESS", "https://ca:15012"), ("FAKE_CA", "true")] {
+        let socket = ("SPIFFE_ENDPOINT_SOCKET", "unix:/run/api.sock");
+        let error = load(&[socket, other]).unwrap_err().to_string();
+        let says = format!("SPIFFE_ENDPOINT_SOCKET and {} are both set", other.0);
+        assert!(error.contains(&says), "{error}");
+    }
 }

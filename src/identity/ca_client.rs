@@ -11,13 +11,13 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tokio::time::timeout;
 use tonic::transport::Channel;
-use tonic::{Code, Extensions, Request, Status};
+use tonic::{Extensions, Request, Status};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::IdentityError;
 use super::certificates::Authority;
-use super::channel::{ConnectError, Peer, chain};
+use super::channel::{ConnectError, Peer, explain};
 use super::csr::SigningRequest;
 use super::token::Credentials;
 use crate::proto::ca::IstioCertificateRequest;
@@ -125,16 +125,8 @@ fn impersonation(identity: &Identity) -> Struct {
     }
 }
 
-/// A transport failure says little in its message, so its causes are told too.
 fn signing(status: &Status) -> IdentityError {
-    let code = match status.code() {
-        Code::Unknown if std::error::Error::source(status).is_some() => Code::Unavailable,
-        code => code,
-    };
-    let message = match std::error::Error::source(status) {
-        Some(source) => chain(source),
-        None => status.message().to_string(),
-    };
+    let (code, message) = explain(status);
     IdentityError::Signing {
         code: code.to_string(),
         message,

@@ -1,8 +1,8 @@
 //! The certificates of this node's identities: fetched once, renewed at half-life, read without a lock.
 //!
-//! One worker talks to the CA, with a bounded number of calls in flight.
+//! One worker talks to the CA, with a bounded number of calls in flight. Where certificates are pushed instead, it
+//! only hands out what came last.
 
-use std::hash::{BuildHasher, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -11,13 +11,14 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use hbone::{Identity, TlsIdentity};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::IdentityError;
 use super::dump;
+use super::pushed::Delivered;
 use super::queue::{Priority, Queue};
-use super::retry;
+use super::retry::{self, Failures};
 
 /// Calls to the CA at the same time.
 const CALLS: usize = 8;
@@ -36,11 +37,19 @@ pub trait Authority: Send + Sync + 'static {
 pub struct Certificates(Arc<Shared>);
 
 struct Shared {
-    authority: Arc<dyn Authority>,
+    source: Source,
     entries: ArcSwap<Entries>,
     /// Also the lock of all writers of `entries`.
     queue: Mutex<Queue>,
     wake: Notify,
+}
+
+/// Where certificates come from.
+enum Source {
+    /// They are asked for one by one.
+    Asked(Arc<dyn Authority>),
+    /// They come unasked and all at once.
+    Pushed(watch::Receiver<Delivered>),
 }
 
 type Entries = imbl::HashMap<Identity, Arc<Entry>>;
@@ -59,17 +68,20 @@ enum State {
     Forgotten,
 }
 
-#[derive(Default)]
-struct Failures {
-    count: u32,
-    since: Option<Instant>,
-}
-
 impl Certificates {
     /// Nothing is fetched until [`Self::run`] is polled.
     pub fn new(authority: Arc<dyn Authority>) -> Self {
+        Self::of(Source::Asked(authority))
+    }
+
+    /// Certificates that somebody pushes; each delivery replaces the former one while [`Self::run`] is polled.
+    pub fn pushed(deliveries: watch::Receiver<Delivered>) -> Self {
+        Self::of(Source::Pushed(deliveries))
+    }
+
+    fn of(source: Source) -> Self {
         Self(Arc::new(Shared {
-            authority,
+            source,
             entries: ArcSwap::from_pointee(Entries::new()),
             queue: Mutex::new(Queue::default()),
             wake: Notify::new(),
@@ -85,7 +97,7 @@ impl Certificates {
         }
     }
 
-    /// The certificate, waiting for the CA's first answer if need be.
+    /// The certificate, waiting for the first answer or delivery if need be.
     ///
     /// # Errors
     /// Why the last attempt failed, at once while the worker waits to try again.
@@ -99,7 +111,14 @@ impl Certificates {
             match &*entry.state.load_full() {
                 State::Available(tls) if is_valid(tls) => return Ok(tls.clone()),
                 // Expired while the machine slept or its clock jumped.
-                State::Available(_) => self.hurry(identity, Priority::RealTime),
+                State::Available(_) => match &self.0.source {
+                    Source::Asked(_) => self.hurry(identity, Priority::RealTime),
+                    Source::Pushed(newest) => {
+                        if let Some(result) = newest.borrow().certificate(identity) {
+                            return result;
+                        }
+                    }
+                },
                 State::Initializing => {}
                 State::Unavailable(error) => return Err(error.clone()),
                 State::Forgotten => return Err(IdentityError::Forgotten),
@@ -147,6 +166,28 @@ impl Certificates {
 
     /// The worker: fetches and renews until it is dropped. Run it once.
     pub async fn run(self) {
+        match &self.0.source {
+            Source::Asked(authority) => self.ask(&**authority).await,
+            Source::Pushed(deliveries) => self.take(deliveries.clone()).await,
+        }
+    }
+
+    async fn take(&self, mut deliveries: watch::Receiver<Delivered>) {
+        loop {
+            {
+                let _writing = self.queue();
+                let newest = deliveries.borrow_and_update();
+                for entry in self.0.entries.load().values() {
+                    entry.settle(&newest);
+                }
+            }
+            if deliveries.changed().await.is_err() {
+                return; // Nobody is left to push.
+            }
+        }
+    }
+
+    async fn ask(&self, authority: &dyn Authority) {
         let mut running = FuturesUnordered::new();
         loop {
             let next = {
@@ -155,7 +196,7 @@ impl Certificates {
                     && let Some(identity) = queue.pop(Instant::now())
                 {
                     if let Some(entry) = self.0.entries.load().get(&identity).cloned() {
-                        running.push(self.call(entry));
+                        running.push(call(authority, entry));
                     }
                 }
                 // With all calls taken, only a finished one is of interest.
@@ -168,11 +209,6 @@ impl Certificates {
                     if next.is_some() => {}
             }
         }
-    }
-
-    async fn call(&self, entry: Arc<Entry>) -> (Arc<Entry>, Result<TlsIdentity, IdentityError>) {
-        let result = self.0.authority.issue(&entry.identity).await;
-        (entry, result)
     }
 
     fn finish(&self, entry: &Arc<Entry>, result: Result<TlsIdentity, IdentityError>) {
@@ -244,7 +280,10 @@ impl Certificates {
         self.0
             .entries
             .store(Arc::new(entries.update(identity.clone(), entry.clone())));
-        queue.put(identity.clone(), priority, Instant::now());
+        match &self.0.source {
+            Source::Asked(_) => queue.put(identity.clone(), priority, Instant::now()),
+            Source::Pushed(newest) => entry.settle(&newest.borrow()),
+        }
         drop(queue);
         self.0.wake.notify_one();
         entry
@@ -265,15 +304,33 @@ impl Entry {
         self.state.store(Arc::new(state));
         self.changed.notify_waiters();
     }
+
+    /// Takes the state that follows from a delivery.
+    fn settle(&self, delivered: &Delivered) {
+        let state = match delivered.certificate(&self.identity) {
+            None => State::Initializing,
+            Some(Ok(tls)) => State::Available(tls),
+            Some(Err(error)) => State::Unavailable(error),
+        };
+        let told = matches!(
+            **self.state.load(),
+            State::Unavailable(IdentityError::NoEntry(_))
+        );
+        if let State::Unavailable(error @ IdentityError::NoEntry(_)) = &state
+            && !told
+        {
+            tracing::warn!("{error}");
+        }
+        self.set(state);
+    }
 }
 
-impl Failures {
-    fn next_delay(&mut self) -> std::time::Duration {
-        let now = Instant::now();
-        self.count = self.count.saturating_add(1);
-        let since = *self.since.get_or_insert(now);
-        retry::delay_after(self.count, now.duration_since(since), chance())
-    }
+async fn call(
+    authority: &dyn Authority,
+    entry: Arc<Entry>,
+) -> (Arc<Entry>, Result<TlsIdentity, IdentityError>) {
+    let result = authority.issue(&entry.identity).await;
+    (entry, result)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -282,12 +339,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn is_valid(tls: &TlsIdentity) -> bool {
     tls.not_after() > SystemTime::now()
-}
-
-/// A number within -1 to 1, from the keys that the standard library draws for its hashers.
-fn chance() -> f64 {
-    let bits = std::hash::RandomState::new().build_hasher().finish();
-    (bits as f64 / u64::MAX as f64).mul_add(2.0, -1.0)
 }
 
 #[cfg(test)]

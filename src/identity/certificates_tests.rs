@@ -186,3 +186,129 @@ async fn a_forgotten_identity_is_told_to_whoever_waits() {
         "the identity is no longer needed"
     );
 }
+
+/// A delivery with certificates of those names.
+fn delivery(fake: &Fake, names: &[&str]) -> Delivered {
+    let one = |name: &&str| (id(name), Arc::new(fake.sign(&id(name))));
+    Delivered {
+        set: Some(Arc::new(names.iter().map(one).collect())),
+        trouble: None,
+    }
+}
+
+fn trouble() -> IdentityError {
+    IdentityError::WorkloadApi {
+        socket: "/run/api.sock".into(),
+        reason: "gone".into(),
+    }
+}
+
+/// Certificates whose deliveries come from the sender.
+fn pushed() -> (watch::Sender<Delivered>, Certificates) {
+    let (deliver, delivered) = watch::channel(Delivered::default());
+    let certificates = Certificates::pushed(delivered);
+    tokio::spawn(certificates.clone().run());
+    (deliver, certificates)
+}
+
+/// Waits until a delivery has reached an identity that was asked for before.
+async fn until(certificates: &Certificates, name: &str, there: bool) {
+    let reached = async {
+        while certificates.cached(&id(name)).is_some() != there {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), reached)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn who_waits_for_the_first_delivery_gets_its_certificate_or_learns_that_there_is_none() {
+    let fake = Fake::new(Duration::ZERO, HOUR);
+    let (deliver, certificates) = pushed();
+    let (a, b) = (id("a"), id("b"));
+    let delivering = async {
+        // After both have been found waiting.
+        while certificates.dump().as_array().map(Vec::len) != Some(2) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        deliver.send_replace(delivery(&fake, &["a"]));
+    };
+    let (there, missing, ()) =
+        tokio::join!(certificates.fetch(&a), certificates.fetch(&b), delivering);
+    assert_eq!(there.unwrap().identity(), Some(&a));
+    assert_eq!(missing.unwrap_err(), IdentityError::NoEntry(b));
+    assert!(certificates.fetch(&id("c")).await.is_err());
+    assert_eq!(fake.calls.load(Ordering::SeqCst), 0, "nobody is asked");
+}
+
+#[tokio::test]
+async fn a_delivery_replaces_adds_and_withdraws() {
+    let fake = Fake::new(Duration::ZERO, HOUR);
+    let (deliver, certificates) = pushed();
+    deliver.send_replace(delivery(&fake, &["a", "b"]));
+    let first = certificates.fetch(&id("a")).await.unwrap();
+    certificates.fetch(&id("b")).await.unwrap();
+    deliver.send_replace(delivery(&fake, &["a", "c"]));
+    until(&certificates, "b", false).await;
+    let second = certificates.fetch(&id("a")).await.unwrap();
+    assert_ne!(first.chain(), second.chain());
+    assert_eq!(
+        certificates.fetch(&id("b")).await.unwrap_err().to_string(),
+        "the SPIFFE Workload API server has no entry for spiffe://td/ns/ns/sa/b \
+         (hint: add one whose selectors match this proxy's process)"
+    );
+    certificates.fetch(&id("c")).await.unwrap();
+    deliver.send_replace(delivery(&fake, &["b"]));
+    until(&certificates, "b", true).await;
+}
+
+#[tokio::test]
+async fn trouble_is_an_error_only_without_a_valid_certificate() {
+    let fake = Fake::new(Duration::ZERO, HOUR);
+    let (deliver, certificates) = pushed();
+    deliver.send_modify(|delivered| delivered.trouble = Some(trouble()));
+    let error = certificates.fetch(&id("a")).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "SPIFFE Workload API at /run/api.sock: gone"
+    );
+    deliver.send_replace(delivery(&fake, &["a"]));
+    until(&certificates, "a", true).await;
+    certificates.prefetch(&id("b"));
+    deliver.send_replace(Delivered {
+        trouble: Some(trouble()),
+        ..delivery(&fake, &["a", "b"])
+    });
+    until(&certificates, "b", true).await;
+    assert!(certificates.fetch(&id("a")).await.is_ok());
+    assert!(certificates.cached(&id("a")).is_some());
+}
+
+#[tokio::test]
+async fn a_delivered_certificate_is_used_until_it_expires() {
+    let fake = Fake::new(Duration::ZERO, Duration::from_secs(2));
+    let (deliver, certificates) = pushed();
+    deliver.send_replace(delivery(&fake, &["a"]));
+    assert!(certificates.fetch(&id("a")).await.is_ok());
+    deliver.send_modify(|delivered| delivered.trouble = Some(trouble()));
+    until(&certificates, "a", false).await;
+    assert_eq!(
+        certificates.fetch(&id("a")).await.unwrap_err().to_string(),
+        "the certificate of spiffe://td/ns/ns/sa/a has expired and none newer came: \
+         SPIFFE Workload API at /run/api.sock: gone"
+    );
+}
+
+#[tokio::test]
+async fn a_forgotten_identity_is_found_again_in_what_was_delivered() {
+    let fake = Fake::new(Duration::ZERO, HOUR);
+    let (deliver, certificates) = pushed();
+    deliver.send_replace(delivery(&fake, &["a"]));
+    let first = certificates.fetch(&id("a")).await.unwrap();
+    certificates.forget(&id("a"));
+    assert!(certificates.cached(&id("a")).is_none());
+    let second = certificates.fetch(&id("a")).await.unwrap();
+    assert!(Arc::ptr_eq(&first, &second));
+}

@@ -27,6 +27,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 use crate::config::{Config, ControlPeer, RootSource};
 
@@ -172,6 +173,15 @@ impl Peer {
             .with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(config)
+    }
+}
+
+/// Code and text of a failed call. A transport failure says little in its message, so its causes are told instead.
+pub fn explain(status: &Status) -> (Code, String) {
+    match (status.code(), status.source()) {
+        (Code::Unknown, Some(source)) => (Code::Unavailable, chain(source)),
+        (code, Some(source)) => (code, chain(source)),
+        (code, None) => (code, status.message().to_string()),
     }
 }
 

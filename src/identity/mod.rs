@@ -1,4 +1,4 @@
-//! Workload identities: certificates from the CA, and the authenticated channels to the control plane.
+//! Workload identities: certificates from the CA or the SPIFFE Workload API, and the authenticated channels to the control plane.
 
 pub mod ca_client;
 pub mod certificates;
@@ -7,12 +7,17 @@ pub mod crl;
 pub mod csr;
 mod dump;
 pub mod fake_ca;
+mod pushed;
 mod queue;
 mod retry;
+mod svids;
 pub mod token;
+pub mod workload_api;
 
 pub use ca_client::CaClient;
 pub use certificates::{Authority, Certificates};
+pub use pushed::Delivered;
+pub use workload_api::WorkloadApi;
 
 use hbone::Identity;
 use thiserror::Error;
@@ -31,6 +36,16 @@ pub enum IdentityError {
     UnexpectedSan(Identity),
     #[error("certificate returned from CA has expired for: {0}")]
     Expired(Identity),
+    /// There is no certificate of the Workload API at all.
+    #[error("SPIFFE Workload API at {socket}: {reason}")]
+    WorkloadApi { socket: String, reason: String },
+    /// The Workload API sent certificates, but none of this identity.
+    #[error(
+        "the SPIFFE Workload API server has no entry for {0} (hint: add one whose selectors match this proxy's process)"
+    )]
+    NoEntry(Identity),
+    #[error("the certificate of {identity} has expired and none newer came: {reason}")]
+    NotRenewed { identity: Identity, reason: String },
     #[error("the identity is no longer needed")]
     Forgotten,
 }

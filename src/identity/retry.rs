@@ -1,6 +1,9 @@
 //! When to ask the CA again: the back-off after failures and the half-life of a certificate.
 
+use std::hash::{BuildHasher, Hasher};
 use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
 
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(150);
@@ -8,6 +11,23 @@ const LONGEST: Duration = Duration::from_secs(150);
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// Share of the delay that chance may add or take.
 const SPREAD: f64 = 0.2;
+
+/// Failures in a row.
+#[derive(Default)]
+pub struct Failures {
+    count: u32,
+    since: Option<Instant>,
+}
+
+impl Failures {
+    /// Counts one more; gives the delay after it.
+    pub fn next_delay(&mut self) -> Duration {
+        let now = Instant::now();
+        self.count = self.count.saturating_add(1);
+        let since = *self.since.get_or_insert(now);
+        delay_after(self.count, now.duration_since(since), chance())
+    }
+}
 
 /// The delay after the `failures`-th failure in a row (from 1); `failing_for` is the time since the first.
 /// `chance` is within -1 to 1.
@@ -35,6 +55,12 @@ pub fn renewal_after(not_before: SystemTime, not_after: SystemTime, now: SystemT
         .filter(|wait| !wait.is_zero())
         .unwrap_or(remaining / 2)
         .max(Duration::from_secs(1))
+}
+
+/// A number within -1 to 1, from the keys that the standard library draws for its hashers.
+fn chance() -> f64 {
+    let bits = std::hash::RandomState::new().build_hasher().finish();
+    (bits as f64 / u64::MAX as f64).mul_add(2.0, -1.0)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The wire schemas of the control plane and the CA, compiled at build time.
+//! The wire schemas of the control plane, the CA and the SPIFFE Workload API, compiled at build time.
 #![allow(missing_docs, clippy::all, reason = "generated code")]
 
 pub mod workload {
@@ -12,4 +12,8 @@ pub mod discovery {
 }
 pub mod ca {
     tonic::include_proto!("istio.v1.auth");
+}
+/// The schema has no package, so its file has no name.
+pub mod spiffe {
+    tonic::include_proto!("_");
 }

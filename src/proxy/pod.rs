@@ -120,8 +120,9 @@ impl Dialer for PodDialer {
         Box::pin(self.0.connect(destination, Toward::Elsewhere))
     }
 
-    fn certificate(&self, source: &Identity) -> Option<Arc<TlsIdentity>> {
-        self.1.cached(source)
+    fn is_current(&self, source: &Identity, certificate: &Arc<TlsIdentity>) -> bool {
+        let newest = self.1.cached(source);
+        newest.is_some_and(|newest| Arc::ptr_eq(&newest, certificate))
     }
 }
 

@@ -8,6 +8,7 @@ use hbone::{TlsIdentity, TlsOptions};
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use warren::proto::spiffe::X509svid;
 
 /// A client's certificate to be.
 pub struct Certificate {
@@ -87,6 +88,19 @@ impl Certificate {
             )
             .unwrap(),
         )
+    }
+
+    /// The certificate with a new key, as the SPIFFE Workload API sends it.
+    pub fn svid(&self) -> X509svid {
+        let (leaf, key) = self.issue();
+        let root = CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap();
+        X509svid {
+            spiffe_id: self.uri.clone(),
+            x509_svid: leaf.der().to_vec(),
+            x509_svid_key: key.serialize_der(),
+            bundle: root.to_vec(),
+            hint: String::new(),
+        }
     }
 
     /// Writes `root.pem`, and `cert.pem` with its new key `key.pem`, for a peer that is another program.

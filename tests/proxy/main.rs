@@ -18,5 +18,6 @@ mod profiles;
 mod python;
 mod refusals;
 mod soak;
+mod spiffe;
 mod tunnel;
 mod waypoints;
