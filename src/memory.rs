@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::telemetry::Telemetry;
 
 /// When the start is over.
-const START: Duration = Duration::from_secs(2);
+const START: Duration = Duration::from_secs(1);
 /// How often the number of flows is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// So many fewer flows than there were leave enough behind.

@@ -259,6 +259,25 @@ async fn a_delivery_replaces_adds_and_withdraws() {
         "the SPIFFE Workload API server has no entry for spiffe://td/ns/ns/sa/b \
          (hint: add one whose selectors match this proxy's process)"
     );
+    // While nothing newer comes, it may have one by now.
+    let mut late = delivery(&fake, &["a", "c"]);
+    late.trouble = Some(IdentityError::WorkloadApi {
+        socket: "/s".to_string(),
+        reason: "gone".to_string(),
+    });
+    deliver.send_replace(late);
+    let told = loop {
+        let error = certificates.fetch(&id("b")).await.unwrap_err();
+        if !matches!(error, IdentityError::NoEntry(_)) {
+            break error.to_string();
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert!(
+        told.starts_with("the SPIFFE Workload API server had no entry for spiffe://td/ns/ns/sa/b, and nothing newer came: ")
+            && told.contains("gone"),
+        "{told}"
+    );
     certificates.fetch(&id("c")).await.unwrap();
     deliver.send_replace(delivery(&fake, &["b"]));
     until(&certificates, "b", true).await;

@@ -44,6 +44,10 @@ pub enum IdentityError {
         "the SPIFFE Workload API server has no entry for {0} (hint: add one whose selectors match this proxy's process)"
     )]
     NoEntry(Identity),
+    #[error(
+        "the SPIFFE Workload API server had no entry for {identity}, and nothing newer came: {reason}"
+    )]
+    NoNewerEntry { identity: Identity, reason: String },
     #[error("the certificate of {identity} has expired and none newer came: {reason}")]
     NotRenewed { identity: Identity, reason: String },
     #[error("the identity is no longer needed")]

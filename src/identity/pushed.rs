@@ -40,7 +40,13 @@ impl Delivered {
                     }
                 },
             }),
-            None => Err(IdentityError::NoEntry(identity.clone())),
+            None => Err(match &self.trouble {
+                None => IdentityError::NoEntry(identity.clone()),
+                Some(error) => IdentityError::NoNewerEntry {
+                    identity: identity.clone(),
+                    reason: error.to_string(),
+                },
+            }),
         })
     }
 }

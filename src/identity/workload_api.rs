@@ -32,6 +32,8 @@ pub struct WorkloadApi {
     tls: TlsOptions,
     newest: Delivered,
     failures: Failures,
+    /// Whether it was told that revocation lists are not used.
+    told_of_lists: bool,
 }
 
 impl WorkloadApi {
@@ -42,6 +44,7 @@ impl WorkloadApi {
             tls,
             newest: Delivered::default(),
             failures: Failures::default(),
+            told_of_lists: false,
         }
     }
 
@@ -95,6 +98,11 @@ impl WorkloadApi {
     }
 
     fn take(&mut self, response: X509svidResponse, deliver: &watch::Sender<Delivered>) {
+        if !response.crl.is_empty() && !std::mem::replace(&mut self.told_of_lists, true) {
+            tracing::warn!(
+                "the SPIFFE Workload API server sends revocation lists, which are not used; give them in CRL_PATH"
+            );
+        }
         match svids::read(response, self.newest.set.as_deref(), &self.tls) {
             Ok(set) => {
                 tracing::info!(

@@ -159,6 +159,13 @@ async fn identities_come_change_and_go_as_the_workload_api_says() {
     let first = place.svid(WEB);
     place.send(vec![first.clone()]);
     place.presents(&first).await;
+    place
+        .node()
+        .logged(&[
+            "warn",
+            "sends revocation lists, which are not used; give them in CRL_PATH",
+        ])
+        .await;
 
     let second = place.svid(WEB);
     place.send(vec![place.svid(OTHER), second.clone()]);
