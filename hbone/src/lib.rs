@@ -33,7 +33,7 @@ pub use error::{AcceptError, OpenError, StreamError};
 pub use headers::{Authority, AuthorityError, Baggage, forwarded_host};
 pub use http2::Http2Config;
 pub use identity::{Identity, IdentityError};
-pub use pool::{Pool, PoolKey};
+pub use pool::{Beyond, Pool, PoolKey};
 pub use revocation::{RevocationError, Revocations};
 pub use server::{Incoming, IncomingHeaders, ServerTunnel, accept, canonical};
 pub use spiffe_san::identities;

@@ -42,16 +42,69 @@ async fn through(
     identity: &Arc<TlsIdentity>,
     expected: &str,
 ) -> Result<Tunnelled, OpenError> {
+    through_a(gateway, pool, identity, expected, false).await
+}
+
+async fn through_a(
+    gateway: &Server,
+    pool: &Pool,
+    identity: &Arc<TlsIdentity>,
+    expected: &str,
+    shared: bool,
+) -> Result<Tunnelled, OpenError> {
     let outer = PoolKey {
         expected: vec![GATEWAY.parse().unwrap()],
         ..key(gateway.address)
     };
-    let outer = open(pool, &outer, identity, "web.b:80").await?;
-    assert_eq!(outer.peer, Some(GATEWAY.parse().unwrap()));
-    let expected = [expected.parse().unwrap()];
+    let beyond = Beyond {
+        gateway: outer.clone(),
+        authority: "web.b:80".to_string(),
+        expected: vec![expected.parse().unwrap()],
+        shared,
+    };
+    let way = async {
+        let outer = open(pool, &outer, identity, "web.b:80").await?;
+        assert_eq!(outer.peer, Some(GATEWAY.parse().unwrap()));
+        Ok(outer.stream)
+    };
     let inner = to("web.b:80");
-    pool.open_through(outer.stream, identity.clone(), &expected, &inner)
+    pool.open_through(&beyond, identity.clone(), &inner, way)
         .await
+}
+
+#[tokio::test]
+async fn flows_to_who_balances_by_himself_share_an_inner_tunnel() {
+    local(async {
+        let authority = Authority::new();
+        let server = server(authority.issue(SERVER), Http2Config::default()).await;
+        let gateway = gateway(&authority, server.address).await;
+        let (pool, identity) = (pool(Http2Config::default()), authority.issue(CLIENT));
+        let open = async |identity: &Arc<TlsIdentity>| {
+            let opened = through_a(&gateway, &pool, identity, SERVER, true).await;
+            let (mut client, carried) = socket_pair().await;
+            spawn_local(async move {
+                let stream = opened.unwrap().stream;
+                stream.carry(carried, &Rc::default()).await
+            });
+            let (mut application, _) = server.application.accept().await.unwrap();
+            application.write_all(b"hello").await.unwrap();
+            let mut text = [0; 5];
+            client.read_exact(&mut text).await.unwrap();
+            (client, application)
+        };
+        let mut flows = Vec::new();
+        for _ in 0..3 {
+            flows.push(open(&identity).await);
+        }
+        assert_eq!(server.tunnels.get(), 1);
+        // Not with another certificate.
+        flows.push(open(&authority.issue(CLIENT)).await);
+        assert_eq!(server.tunnels.get(), 2);
+        pool.drain();
+        let closed = through_a(&gateway, &pool, &identity, SERVER, true).await;
+        assert_eq!(closed.err().unwrap().to_string(), "pool draining");
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -36,6 +36,20 @@ pub struct PoolKey {
     pub src_ip: IpAddr,
 }
 
+/// Whom a tunnel inside a tunnel is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Beyond {
+    /// The way to the gateway.
+    pub gateway: PoolKey,
+    /// What is asked for on both tunnels.
+    pub authority: String,
+    /// Any one of these must be proven by whoever is behind the gateway.
+    pub expected: Vec<Identity>,
+    /// Whether flows may share an inner tunnel: only if whoever is behind balances each of them by itself. Behind one
+    /// gateway may be many, and flows that share would all meet the same.
+    pub shared: bool,
+}
+
 /// The tunnels of one pod on one worker; cheap to clone, not shared between threads.
 #[derive(Clone)]
 pub struct Pool(Rc<Inner>);
@@ -45,6 +59,8 @@ struct Inner {
     config: Rc<Http2Config>,
     dialer: Rc<dyn Dialer>,
     entries: RefCell<HashMap<PoolKey, Entry>>,
+    /// Tunnels inside of others that flows may share.
+    inner: RefCell<HashMap<Beyond, Vec<Rc<Tunnel>>>>,
     closed: Cell<bool>,
     sweeping: Cell<bool>,
 }
@@ -85,6 +101,7 @@ impl Pool {
             config,
             dialer,
             entries: RefCell::default(),
+            inner: RefCell::default(),
             closed: Cell::new(false),
             sweeping: Cell::new(false),
         }))
@@ -146,24 +163,41 @@ impl Pool {
         }
     }
 
-    /// Opens a stream to whom `inner` names, through an opened stream to a gateway that sees nothing of it.
+    /// Opens a stream to whom `beyond` names, through a stream to a gateway that sees nothing of it.
     ///
-    /// Nobody else gets a stream on the inner tunnel: behind one gateway may be many, and each flow is to meet its own.
+    /// `gateway` opens the stream to the gateway; it is only asked when an inner tunnel has to be made.
     ///
     /// # Errors
-    /// As for [`Self::open`], of the inner tunnel.
+    /// As for [`Self::open`], of either tunnel.
     pub async fn open_through(
         &self,
-        outer: Stream,
+        beyond: &Beyond,
         tls: Arc<TlsIdentity>,
-        inner: &[Identity],
         headers: &ConnectHeaders,
+        gateway: impl Future<Output = Result<Stream, OpenError>>,
     ) -> Result<Tunnelled, OpenError> {
         let (engine, config) = (&self.0.engine, &self.0.config);
-        let socket = outer.into_socket().map_err(OpenError::from_io)?;
-        let tunnel = Tunnel::over(engine, socket, tls, inner, config).await?;
+        if beyond.shared
+            && let Some(tunnel) = self.0.pick_inner(beyond, &tls)
+        {
+            match tunnel.open(headers, config).await {
+                Ok(tunnelled) => return Ok(tunnelled),
+                Err(Some(error)) => return Err(error),
+                // It was on its way out: another is made.
+                Err(None) => {}
+            }
+        }
+        let socket = gateway.await?.into_socket().map_err(OpenError::from_io)?;
+        let tunnel = Tunnel::over(engine, socket, tls, &beyond.expected, config).await?;
         let opened = tunnel.open(headers, config).await;
-        tunnel.retire();
+        if beyond.shared && opened.is_ok() && !self.0.closed.get() {
+            let mut inner = self.0.inner.borrow_mut();
+            inner.entry(beyond.clone()).or_default().push(tunnel);
+            drop(inner);
+            self.0.sweep_later();
+        } else {
+            tunnel.retire();
+        }
         opened.map_err(|error| {
             error.unwrap_or_else(|| {
                 OpenError::Http2("the tunnel ended before it was used".to_string())
@@ -184,10 +218,11 @@ impl Pool {
     /// Opens nothing any more; open streams go on until `close`.
     pub fn drain(&self) {
         self.0.closed.set(true);
-        for entry in std::mem::take(&mut *self.0.entries.borrow_mut()).into_values() {
-            for tunnel in entry.tunnels {
-                tunnel.retire();
-            }
+        let entries = std::mem::take(&mut *self.0.entries.borrow_mut());
+        let inner = std::mem::take(&mut *self.0.inner.borrow_mut());
+        let tunnels = entries.into_values().flat_map(|entry| entry.tunnels);
+        for tunnel in tunnels.chain(inner.into_values().flatten()) {
+            tunnel.retire();
         }
     }
 }
@@ -202,6 +237,16 @@ impl Inner {
             .iter()
             .find(|tunnel| tunnel.has_room())
             .cloned()
+    }
+
+    /// An inner tunnel with room that was made with that certificate.
+    fn pick_inner(&self, beyond: &Beyond, tls: &Arc<TlsIdentity>) -> Option<Rc<Tunnel>> {
+        let mut inner = self.inner.borrow_mut();
+        let tunnels = inner.get_mut(beyond)?;
+        tunnels.retain(|tunnel| !tunnel.is_dead());
+        let fits =
+            |tunnel: &&Rc<Tunnel>| tunnel.has_room() && Arc::ptr_eq(tunnel.certificate(), tls);
+        tunnels.iter().find(fits).cloned()
     }
 
     /// Joins the dial that is under way for the key, or starts one.
@@ -279,10 +324,10 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        for entry in self.entries.get_mut().values() {
-            for tunnel in &entry.tunnels {
-                tunnel.stop();
-            }
+        let entries = self.entries.get_mut().values();
+        let tunnels = entries.flat_map(|entry| &entry.tunnels);
+        for tunnel in tunnels.chain(self.inner.get_mut().values().flatten()) {
+            tunnel.stop();
         }
     }
 }
@@ -294,20 +339,26 @@ async fn sweep(inner: Weak<Inner>, unused: Duration) {
         tokio::time::sleep(rest).await;
         let Some(inner) = inner.upgrade() else { return };
         let now = Instant::now();
+        let keep = |source: &Identity, tunnel: &Rc<Tunnel>| {
+            let outdated = !inner.dialer.is_current(source, tunnel.certificate());
+            let rested = now.duration_since(tunnel.last_used()) >= unused;
+            let keep = !tunnel.is_dead() && !outdated && !rested;
+            if !keep {
+                tunnel.retire();
+            }
+            keep
+        };
+        let mut nested = inner.inner.borrow_mut();
+        nested.retain(|beyond, tunnels| {
+            tunnels.retain(|tunnel| keep(&beyond.gateway.src, tunnel));
+            !tunnels.is_empty()
+        });
         let mut entries = inner.entries.borrow_mut();
         entries.retain(|key, entry| {
-            entry.tunnels.retain(|tunnel| {
-                let outdated = !inner.dialer.is_current(&key.src, tunnel.certificate());
-                let rested = now.duration_since(tunnel.last_used()) >= unused;
-                let keep = !tunnel.is_dead() && !outdated && !rested;
-                if !keep {
-                    tunnel.retire();
-                }
-                keep
-            });
+            entry.tunnels.retain(|tunnel| keep(&key.src, tunnel));
             entry.dial.is_some() || !entry.tunnels.is_empty()
         });
-        if entries.is_empty() {
+        if entries.is_empty() && nested.is_empty() {
             inner.sweeping.set(false);
             return;
         }

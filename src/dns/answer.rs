@@ -12,6 +12,8 @@ use crate::mesh::workload::{HealthStatus, Workload};
 pub struct Settings {
     /// The cluster's domain, `cluster.local` for example.
     pub domain: String,
+    /// The search domains of the clients; none for those that a client's namespace gives it in a cluster.
+    pub search: Option<Vec<String>>,
     /// Whose services win among those of one name.
     pub preferred_namespace: Option<String>,
     pub ipv6: bool,
@@ -44,7 +46,7 @@ pub fn resolve(
     name: &str,
     v6: bool,
 ) -> Resolution {
-    for alias in aliases(name, &client.namespace, &settings.domain) {
+    for alias in aliases(name, &client.namespace, settings) {
         for candidate in candidates(&alias.name) {
             let Some(service) = find(mesh, settings, client, &candidate) else {
                 continue;
@@ -59,7 +61,8 @@ pub fn resolve(
     Resolution::Forward
 }
 
-fn aliases(name: &str, namespace: &str, domain: &str) -> Vec<Alias> {
+fn aliases(name: &str, namespace: &str, settings: &Settings) -> Vec<Alias> {
+    let domain = &settings.domain;
     let mut all: Vec<Alias> = Vec::new();
     let mut add = |name: String, stripped: Option<&str>| {
         if !all.iter().any(|known| known.name == name) {
@@ -73,13 +76,16 @@ fn aliases(name: &str, namespace: &str, domain: &str) -> Vec<Alias> {
     for expanded in expansions(name, namespace, domain) {
         add(expanded, None);
     }
-    for search in [
-        format!("{namespace}.svc.{domain}"),
-        format!("svc.{domain}"),
-        domain.to_string(),
-    ] {
+    let of_cluster = || {
+        vec![
+            format!("{namespace}.svc.{domain}"),
+            format!("svc.{domain}"),
+            domain.clone(),
+        ]
+    };
+    for search in settings.search.clone().unwrap_or_else(of_cluster) {
         let Some(stripped) = name
-            .strip_suffix(&search)
+            .strip_suffix(&*search)
             .and_then(|rest| rest.strip_suffix('.'))
         else {
             continue;

@@ -6,6 +6,7 @@ use crate::mesh::testing::{mesh, pod, service, serving};
 fn settings() -> Settings {
     Settings {
         domain: "cluster.local".into(),
+        search: None,
         preferred_namespace: None,
         ipv6: true,
     }
@@ -271,4 +272,23 @@ fn services_of_ranges_only_and_names_of_workloads_are_not_ours_to_answer() {
     for name in ["range.example.com", "db-0.db.a.svc.cluster.local"] {
         assert_eq!(addresses_in(resources(), name, None), None, "{name}");
     }
+}
+
+#[test]
+fn a_client_may_have_search_domains_of_its_own() {
+    let settings = Settings {
+        search: Some(vec!["corp.example".into()]),
+        ..settings()
+    };
+    let client = pod("a", "curl", "10.0.0.1");
+    let told = |name| match resolve(&world(), &settings, &client, name, false) {
+        Resolution::Forward => "forward".to_string(),
+        Resolution::Known { alias, .. } => alias.unwrap_or_default(),
+    };
+    assert_eq!(told("web.b.corp.example"), "web.b");
+    assert_eq!(
+        told("web.b.svc.cluster.local.corp.example"),
+        "web.b.svc.cluster.local"
+    );
+    assert_eq!(told("web.b.elsewhere.example"), "forward");
 }

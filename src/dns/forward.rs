@@ -67,6 +67,18 @@ pub fn servers(resolv_conf: &str) -> Vec<SocketAddr> {
     resolv_conf.lines().filter_map(server).take(3).collect()
 }
 
+/// The search domains that a `resolv.conf` names, in lower case; of several lists the last.
+pub fn search(resolv_conf: &str) -> Vec<String> {
+    let mut lists = resolv_conf.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        matches!(words.next()?, "search" | "domain").then(|| {
+            let domains = words.map(|word| word.trim_end_matches('.').to_ascii_lowercase());
+            domains.filter(|domain| !domain.is_empty()).collect()
+        })
+    });
+    lists.next_back().unwrap_or_default()
+}
+
 /// A number for a question on its way up that nobody can guess (RFC 5452 §9.2).
 pub fn random_id() -> u16 {
     // Every hasher is keyed anew from the process's secret.

@@ -37,6 +37,13 @@ fn nameservers_are_read_and_the_rest_is_passed_over() {
     );
 }
 
+#[test]
+fn search_domains_are_those_of_the_last_list() {
+    let text = "domain a.b\nsearch Corp.Example. x\nnameserver 10.0.0.1\n";
+    assert_eq!(search(text), ["corp.example", "x"]);
+    assert!(search("nameserver 10.0.0.1\n").is_empty());
+}
+
 #[tokio::test]
 async fn guesses_are_ignored_and_the_clients_number_comes_back() {
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();

@@ -38,8 +38,17 @@ pub struct Route {
     pub workload: Option<Arc<Workload>>,
     /// The service that was meant.
     pub service: Option<Arc<Service>>,
-    /// Whom a second tunnel, inside the one to a gateway, is for: any one of these, on another network.
-    pub beyond: Option<Vec<Identity>>,
+    /// What is behind the gateway that is dialled, on another network.
+    pub beyond: Option<Beyond>,
+}
+
+/// Whom a second tunnel, inside the one to a gateway, is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Beyond {
+    /// Any one of these must be proven.
+    pub expected: Vec<Identity>,
+    /// A waypoint, which balances each flow by itself, rather than one of many endpoints.
+    pub is_waypoint: bool,
 }
 
 /// Why a flow goes nowhere.
@@ -190,7 +199,7 @@ pub fn decide(
         };
     };
     if upstream.workload.network != source.network {
-        return to_gateway(mesh, source, &upstream, addressed, target, chooser);
+        return to_gateway(mesh, source, &upstream, false, addressed, target, chooser);
     }
     if addressed.is_none()
         && let Some(waypoint) = &upstream.workload.waypoint
@@ -253,7 +262,7 @@ fn to_waypoint(
 ) -> Result<Route, RouteError> {
     let upstream = resolve(mesh, source, waypoint, Role::Waypoint, target, chooser)?;
     if upstream.workload.network != source.network {
-        return to_gateway(mesh, source, &upstream, service, target, chooser);
+        return to_gateway(mesh, source, &upstream, true, service, target, chooser);
     }
     let ip = upstream.ip(target, chooser)?;
     Ok(Route {
@@ -273,6 +282,7 @@ fn to_gateway(
     mesh: &Mesh,
     source: &Workload,
     chosen: &Upstream<'_>,
+    is_waypoint: bool,
     service: Option<&Arc<Service>>,
     target: SocketAddr,
     chooser: Chooser<'_>,
@@ -281,12 +291,12 @@ fn to_gateway(
     let gateway = chosen.workload.network_gateway.as_ref();
     let gateway = gateway.ok_or_else(|| RouteError::no_destination(chosen.workload))?;
     let named = chosen.service.map(|service| &service.subject_alt_names);
-    let beyond: Vec<Identity> = named
+    let expected: Vec<Identity> = named
         .into_iter()
         .flatten()
         .filter_map(|name| name.parse().ok())
         .collect();
-    if beyond.is_empty() {
+    if expected.is_empty() {
         return Err(RouteError::NobodyExpected {
             service: chosen.service.unwrap_or(service).hostname.to_string(),
             network: chosen.workload.network.to_string(),
@@ -301,7 +311,10 @@ fn to_gateway(
         expected: upstream.expected(),
         workload: Some(upstream.workload.clone()),
         service: Some(service.clone()),
-        beyond: Some(beyond),
+        beyond: Some(Beyond {
+            expected,
+            is_waypoint,
+        }),
     })
 }
 

@@ -95,8 +95,10 @@ impl World {
                     .map(|service| service.name.to_string())
                     .unwrap_or_default();
                 let beyond = route.beyond.map(|beyond| {
-                    let names: Vec<_> = beyond.iter().map(|id| id.service_account()).collect();
-                    format!(" beyond [{}]", names.join(","))
+                    let expected = beyond.expected.iter();
+                    let names: Vec<_> = expected.map(|id| id.service_account()).collect();
+                    let kind = if beyond.is_waypoint { "waypoint " } else { "" };
+                    format!(" beyond {kind}[{}]", names.join(","))
                 });
                 format!(
                     "{:?} {} {} [{}] {service}{}",
@@ -371,6 +373,7 @@ fn other_networks_are_reached_through_their_gateways() {
             Resource::Service(front),
             Resource::Workload(far),
         ];
+        let expected = expected.replace("beyond [", "beyond waypoint [");
         assert_eq!(world.told(VIP), expected, "waypoint, {gateway:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use hbone::{Baggage, ConnectHeaders, Identity, PoolKey, Stream};
+use hbone::{Baggage, ConnectHeaders, PoolKey, Stream};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -404,7 +404,13 @@ async fn tunnel(
     let Some(beyond) = route.beyond else {
         return Ok(pod.pool.open(&key, tls, &headers).await?.stream);
     };
-    let opened = Box::pin(open_beyond(pod, &key, &beyond, headers)).await;
+    let beyond = hbone::Beyond {
+        gateway: key,
+        authority: headers.authority.clone(),
+        expected: beyond.expected,
+        shared: beyond.is_waypoint,
+    };
+    let opened = Box::pin(open_beyond(pod, &beyond, headers)).await;
     // Who serves the flow is only known now.
     if let Ok((_, Some(workload))) = &opened {
         flow.destination(workload.clone());
@@ -413,26 +419,29 @@ async fn tunnel(
     Ok(opened?.0)
 }
 
-/// Opens a stream to another network, in a tunnel through the stream to its gateway; tells who serves it there.
+/// Opens a stream to another network, in a tunnel through a stream to its gateway; tells who serves it there.
 async fn open_beyond(
     pod: &Pod,
-    gateway: &PoolKey,
-    beyond: &[Identity],
-    mut headers: ConnectHeaders,
+    beyond: &hbone::Beyond,
+    headers: ConnectHeaders,
 ) -> Result<(Stream, Option<Arc<Workload>>), hbone::OpenError> {
     let certificates = &pod.shared.certificates;
-    let tls = || {
-        let (certificates, identity) = (certificates.clone(), gateway.src.clone());
-        async move { certificates.fetch(&identity).await.map_err(Into::into) }
-    };
-    let outer = pod.pool.open(gateway, tls, &headers).await?;
-    let own = certificates.fetch(&gateway.src).await;
+    let source = &beyond.gateway.src;
+    let own = certificates.fetch(source).await;
     let own = own.map_err(|error| hbone::OpenError::Identity(Rc::new(error)))?;
-    headers.forwarded_network = Some(pod.shared.config.network.clone());
-    let inner = pod
-        .pool
-        .open_through(outer.stream, own, beyond, &headers)
-        .await?;
+    let inner = ConnectHeaders {
+        forwarded_network: Some(pod.shared.config.network.clone()),
+        ..headers.clone()
+    };
+    let gateway = async {
+        let tls = || {
+            let (certificates, identity) = (certificates.clone(), source.clone());
+            async move { certificates.fetch(&identity).await.map_err(Into::into) }
+        };
+        let outer = pod.pool.open(&beyond.gateway, tls, &headers).await?;
+        Ok(outer.stream)
+    };
+    let inner = pod.pool.open_through(beyond, own, &inner, gateway).await?;
     let baggage = inner.baggage.as_deref().map(Baggage::parse);
     let workload = inner
         .peer

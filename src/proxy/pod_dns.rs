@@ -9,6 +9,7 @@ use hickory_proto::rr::RecordType;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use super::pod::Pod;
+use crate::config::Mode;
 use crate::dns::answer::{self, Resolution, Settings};
 use crate::dns::forward::{self, Sockets, Upstream, forward};
 use crate::dns::server::{self, Question, Resolver, Transport};
@@ -51,18 +52,23 @@ pub async fn lookup(pod: &Rc<Pod>, name: &str, v6: bool) -> io::Result<Vec<IpAdd
 
 impl PodResolver {
     fn new(pod: Rc<Pod>) -> Self {
-        let upstream = match std::fs::read_to_string(RESOLV_CONF) {
-            Ok(text) => Upstream::new(forward::servers(&text)),
+        let (upstream, search) = match std::fs::read_to_string(RESOLV_CONF) {
+            Ok(text) => (
+                Upstream::new(forward::servers(&text)),
+                forward::search(&text),
+            ),
             Err(error) => {
                 tracing::warn!(
                     "{RESOLV_CONF} cannot be read, names outside the mesh will not resolve: {error}"
                 );
-                Upstream::default()
+                (Upstream::default(), Vec::new())
             }
         };
         let config = &pod.shared.config;
         let settings = Settings {
             domain: config.cluster_domain.clone(),
+            // A workload of its own has the search domains of its machine.
+            search: (config.mode != Mode::Shared).then_some(search),
             preferred_namespace: config.preferred_service_namespace.clone(),
             ipv6: config.ipv6,
         };

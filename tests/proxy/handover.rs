@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use cni::zds::{WorkloadInfo, ZdsServer};
 use hbone::TlsIdentity;
-use tokio::net::TcpListener;
 use tokio::task::{LocalSet, spawn_local};
 
+use crate::applications::echo;
 use crate::harness::Proxy;
 use crate::tunnel::{request, tls};
 
@@ -34,17 +34,6 @@ async fn node(name: &str) -> Option<(Proxy, ZdsServer)> {
     agent.add("uid-web", info, netns.into()).await.unwrap();
     echo(proxy.listen(8080));
     Some((proxy, agent))
-}
-
-fn echo(listener: TcpListener) {
-    tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let (mut read, mut write) = socket.split();
-                let _ = tokio::io::copy(&mut read, &mut write).await;
-            });
-        }
-    });
 }
 
 /// Has a tunnel and a flow of its own, says something and hears it again.

@@ -1,5 +1,6 @@
 //! The whole proxy, with its real control plane, against peers good and bad.
 
+mod applications;
 mod budgets;
 mod certificate;
 mod envoy;

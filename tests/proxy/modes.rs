@@ -1,7 +1,6 @@
 //! The proxy without a control plane, without a node agent, for one workload only, and for its own.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
+use crate::applications::{greet, socks, to_address};
 use crate::harness::{POD, Proxy};
 use crate::tunnel::{answer, exchange, request, tls};
 
@@ -26,40 +25,6 @@ const DEDICATED: [(&str, &str); 3] = [
     ("UNSTABLE_ENABLE_SOCKS5", "true"),
 ];
 
-/// Answers every connection with its port.
-fn serve(proxy: &Proxy) {
-    let listener = proxy.listen(8080);
-    tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
-            let _ = socket.write_all(b"hello").await;
-        }
-    });
-}
-
-/// Asks the SOCKS5 listener for a connection: the answer's code, and what was read then.
-async fn socks(proxy: &Proxy, request: &[u8]) -> (u8, String) {
-    let mut socket = loop {
-        match proxy.connect("127.0.0.1:15080").await {
-            Ok(socket) => break socket,
-            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
-        }
-    };
-    socket.write_all(&[5, 1, 0]).await.unwrap();
-    let mut chosen = [0; 2];
-    socket.read_exact(&mut chosen).await.unwrap();
-    assert_eq!(chosen, [5, 0]);
-    socket.write_all(request).await.unwrap();
-    let mut reply = [0; 10];
-    socket.read_exact(&mut reply).await.unwrap();
-    let mut text = Vec::new();
-    let _ = socket.read_to_end(&mut text).await;
-    (reply[1], String::from_utf8(text).unwrap())
-}
-
-fn to_address(ip: [u8; 4], port: u16) -> Vec<u8> {
-    [&[5, 1, 0, 1][..], &ip, &port.to_be_bytes()].concat()
-}
-
 fn to_name(name: &str, port: u16) -> Vec<u8> {
     let length = [name.len() as u8];
     [
@@ -76,7 +41,7 @@ async fn a_dedicated_proxy_carries_what_its_socks_port_is_asked_for() {
     let Some(proxy) = Proxy::alone("dedicated", &DEDICATED, STATE).await else {
         return;
     };
-    serve(&proxy);
+    greet(proxy.listen(8080));
     for request in [
         to_address([10, 0, 0, 9], 8080),
         to_address([10, 96, 0, 7], 80),
@@ -127,7 +92,7 @@ async fn a_local_source_is_read_again_when_it_changes() {
     let Some(proxy) = Proxy::alone("reload", &DEDICATED, STATE).await else {
         return;
     };
-    serve(&proxy);
+    greet(proxy.listen(8080));
     let request = to_address([10, 0, 0, 9], 8080);
     assert_eq!(socks(&proxy, &request).await.0, 0);
     proxy.state("workloads: {}");
@@ -197,7 +162,7 @@ async fn a_connect_may_ask_by_hostname() {
     let Some(proxy) = Proxy::alone("hostname", &DEDICATED, STATE).await else {
         return;
     };
-    serve(&proxy);
+    greet(proxy.listen(8080));
     proxy.logged(&["marking server ready"]).await;
     let caller = proxy.certificate("spiffe://cluster.local/ns/default/sa/gateway");
     let (caller, expected) = (

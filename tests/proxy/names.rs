@@ -9,10 +9,10 @@ use cni::netns::within;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{RData, Record, RecordType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UdpSocket;
 use tokio::task::{LocalSet, spawn_local};
 
+use crate::applications::{greet, socks, to_address};
 use crate::harness::{Proxy, RESOLV_CONF};
 
 const STATE: &str = r#"
@@ -56,19 +56,6 @@ fn serve_dns(proxy: &Proxy, questions: Rc<Cell<usize>>) {
     });
 }
 
-/// Asks the SOCKS5 listener for an address's port 80: the answer's code, and what was read then.
-async fn socks(proxy: &Proxy, last: u8) -> (u8, String) {
-    let mut socket = proxy.connect("127.0.0.1:15080").await.unwrap();
-    socket.write_all(&[5, 1, 0]).await.unwrap();
-    let request = [5, 1, 0, 1, 10, 96, 0, last, 0, 80];
-    socket.write_all(&request).await.unwrap();
-    let mut reply = [0; 12];
-    socket.read_exact(&mut reply).await.unwrap();
-    let mut text = String::new();
-    let _ = socket.read_to_string(&mut text).await;
-    (reply[3], text)
-}
-
 #[tokio::test]
 async fn a_hostname_is_resolved_once_and_a_failure_is_told() {
     let variables = [
@@ -84,15 +71,10 @@ async fn a_hostname_is_resolved_once_and_a_failure_is_told() {
         .run_until(async {
             let questions = Rc::new(Cell::new(0));
             serve_dns(&proxy, questions.clone());
-            let listener = proxy.listen_at("10.0.0.22", 8080);
-            spawn_local(async move {
-                while let Ok((mut socket, _)) = listener.accept().await {
-                    let _ = socket.write_all(b"hello").await;
-                }
-            });
+            greet(proxy.listen_at("10.0.0.22", 8080));
             proxy.logged(&["serving the workload of this process"]).await;
             for _ in 0..3 {
-                assert_eq!(socks(&proxy, 8).await, (0, "hello".to_string()));
+                assert_eq!(socks(&proxy, &to_address([10, 96, 0, 8], 80)).await, (0, "hello".to_string()));
             }
             assert_eq!(questions.get(), 1, "the answer may be kept");
             proxy
@@ -110,7 +92,7 @@ async fn a_hostname_is_resolved_once_and_a_failure_is_told() {
             assert!(line.contains("source_workload=\"local\""), "{line}");
             assert!(line.ends_with("hostname=\"db.example\"} 3"), "{line}");
 
-            assert_eq!(socks(&proxy, 9).await.0, 5);
+            assert_eq!(socks(&proxy, &to_address([10, 96, 0, 9], 80)).await.0, 5);
             proxy
                 .logged(&[
                     "dst.service=\"gone.example\"",
@@ -118,7 +100,7 @@ async fn a_hostname_is_resolved_once_and_a_failure_is_told() {
                     "error=\"no ip addresses were resolved for workload: gone\"",
                 ])
                 .await;
-            assert_eq!(socks(&proxy, 10).await.0, 5);
+            assert_eq!(socks(&proxy, &to_address([10, 96, 0, 10], 80)).await.0, 5);
             proxy
                 .logged(&[
                     "dst.service=\"bare.example\"",

@@ -4,9 +4,9 @@ use std::rc::Rc;
 
 use hbone::{Engine, Http2Config, accept};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
 use tokio::task::{LocalSet, spawn_local};
 
+use crate::applications::echo;
 use crate::harness::Proxy;
 
 const GATEWAY: &str = "10.0.0.21";
@@ -70,17 +70,6 @@ async fn networks(name: &str, state: &str, account: &str) -> Option<(Rc<Proxy>, 
         }
     });
     Some((near, far))
-}
-
-fn echo(listener: TcpListener) {
-    tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let (mut read, mut write) = socket.split();
-                let _ = tokio::io::copy(&mut read, &mut write).await;
-            });
-        }
-    });
 }
 
 /// Asks the near proxy for the service; gives the answer's code and the socket.

@@ -6,6 +6,7 @@ use hickory_proto::op::{Message, MessageType, OpCode, Query};
 use hickory_proto::rr::{Name, RecordType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::applications::{ask, greet};
 use crate::harness::{Node, Proxy};
 use crate::tunnel;
 
@@ -25,24 +26,6 @@ metadata: {name: sound, namespace: c, labels: {app: pair}}
 spec: {nodeName: n2, serviceAccountName: pair}
 status: {podIP: $IP, conditions: [{type: Ready, status: 'True'}]}
 ";
-
-/// Says `hello` to everyone at an address and closes.
-fn greet(node: &Node, ip: &str) {
-    let listener = node.listen_at(ip, 8080);
-    tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
-            let _ = socket.write_all(b"hello").await;
-        }
-    });
-}
-
-async fn ask(node: &Node, target: &str) -> String {
-    let mut text = Vec::new();
-    if let Ok(mut socket) = node.connect(target).await {
-        let _ = socket.read_to_end(&mut text).await;
-    }
-    String::from_utf8(text).unwrap()
-}
 
 /// The addresses that the pod's DNS gives for a name.
 async fn resolve(proxy: &Proxy, name: &str) -> Vec<String> {
@@ -82,9 +65,9 @@ async fn what_is_asked_for_is_known_and_nothing_else() {
         &["10.96.0.0/16", "192.0.2.0/24"],
         &["10.0.0.22", "10.0.0.23", "192.0.2.1"],
     );
-    greet(&node, "10.0.0.22");
-    greet(&node, "10.0.0.23");
-    greet(&node, "192.0.2.1");
+    greet(node.listen_at("10.0.0.22", 8080));
+    greet(node.listen_at("10.0.0.23", 8080));
+    greet(node.listen_at("192.0.2.1", 8080));
     node.apply("services.yaml", &SERVICES.replace("$IP", "10.0.0.22"));
     // The control plane reads its folder on its own time.
     for _ in 0..500 {
@@ -142,7 +125,7 @@ async fn a_control_plane_that_is_gone_holds_unknown_flows_for_a_bounded_time() {
         return;
     };
     node.capture(&["192.0.2.0/24"], &["192.0.2.1"]);
-    greet(&node, "192.0.2.1");
+    greet(node.listen_at("192.0.2.1", 8080));
     node.kill_control();
     // What is unknown is passed through as it is.
     assert_eq!(ask(&node, "192.0.2.1:8080").await, "hello");

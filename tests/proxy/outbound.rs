@@ -1,8 +1,6 @@
 //! What becomes of captured flows: where they go, where else when that fails, and what is said when they go nowhere.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
-
+use crate::applications::{ask, greet};
 use crate::harness::Node;
 
 /// A service of two pods outside the mesh, and one of none.
@@ -28,24 +26,6 @@ metadata: {name: sound, namespace: b, labels: {app: pair}}
 spec: {nodeName: n2, serviceAccountName: pair}
 status: {podIP: 10.0.0.22, conditions: [{type: Ready, status: 'True'}]}
 ";
-
-/// Says `hello` to everyone and closes.
-fn greet(listener: TcpListener) {
-    tokio::spawn(async move {
-        while let Ok((mut socket, _)) = listener.accept().await {
-            let _ = socket.write_all(b"hello").await;
-        }
-    });
-}
-
-/// What a captured flow to `target` reads to its end.
-async fn ask(node: &Node, target: &str) -> String {
-    let mut text = Vec::new();
-    if let Ok(mut socket) = node.connect(target).await {
-        let _ = socket.read_to_end(&mut text).await;
-    }
-    String::from_utf8(text).unwrap()
-}
 
 async fn with_services(name: &str, variables: &[(&str, &str)]) -> Option<Node> {
     let node = Node::start(name, variables).await?;

@@ -7,6 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::applications::{socks, to_address};
 use crate::harness::{Node, Proxy};
 use crate::tunnel::{open, status, tls};
 
@@ -101,18 +102,6 @@ async fn answer_and_break(mut stream: TlsStream<TcpStream>) {
     let _ = stream.read_to_end(&mut rest).await;
 }
 
-/// Asks the SOCKS5 listener for an address; gives the answer's code and reads to the end.
-async fn socks(proxy: &Proxy, ip: [u8; 4], port: u16) -> u8 {
-    let mut socket = proxy.connect("127.0.0.1:15080").await.unwrap();
-    let request = [&[5, 1, 0, 5, 1, 0, 1][..], &ip, &port.to_be_bytes()].concat();
-    socket.write_all(&request).await.unwrap();
-    let mut reply = [0; 12];
-    socket.read_exact(&mut reply).await.unwrap();
-    let mut rest = Vec::new();
-    let _ = socket.read_to_end(&mut rest).await;
-    reply[3]
-}
-
 #[tokio::test]
 async fn an_outbound_flow_that_comes_to_nothing_says_why_and_for_which_service() {
     let Some(proxy) = Proxy::alone("refusals", &DEDICATED, STATE).await else {
@@ -173,7 +162,11 @@ async fn an_outbound_flow_that_comes_to_nothing_says_why_and_for_which_service()
         ),
     ];
     for (last, service, reason, error) in cases {
-        assert_eq!(socks(&proxy, [10, 96, 0, last], 80).await, 5, "{service}");
+        assert_eq!(
+            socks(&proxy, &to_address([10, 96, 0, last], 80)).await.0,
+            5,
+            "{service}"
+        );
         proxy
             .logged(&[
                 "error\taccess\tconnection complete",
@@ -184,7 +177,7 @@ async fn an_outbound_flow_that_comes_to_nothing_says_why_and_for_which_service()
             .await;
     }
     // A workload's waypoint on another network, where only services can be asked for.
-    assert_eq!(socks(&proxy, [10, 0, 0, 41], 80).await, 5);
+    assert_eq!(socks(&proxy, &to_address([10, 0, 0, 41], 80)).await.0, 5);
     proxy
         .logged(&[
             "reason=\"no_service\"",
@@ -192,7 +185,7 @@ async fn an_outbound_flow_that_comes_to_nothing_says_why_and_for_which_service()
         ])
         .await;
     // What breaks when it has begun.
-    assert_eq!(socks(&proxy, [10, 96, 0, 4], 80).await, 0);
+    assert_eq!(socks(&proxy, &to_address([10, 96, 0, 4], 80)).await.0, 0);
     proxy
         .logged(&[
             "dst.service=\"breaks\"",
@@ -200,7 +193,7 @@ async fn an_outbound_flow_that_comes_to_nothing_says_why_and_for_which_service()
             "error=\"send: the tunnel broke: ",
         ])
         .await;
-    assert_eq!(socks(&proxy, [10, 96, 0, 5], 80).await, 5);
+    assert_eq!(socks(&proxy, &to_address([10, 96, 0, 5], 80)).await.0, 5);
     proxy
         .logged(&[
             "dst.service=\"dropped\"",
@@ -236,7 +229,7 @@ async fn a_pod_without_a_certificate_says_so_on_both_sides() {
         "error=\"signing error: signing gRPC error (",
     ])
     .await;
-    assert_eq!(socks(&node, [10, 0, 0, 1], 80).await, 5);
+    assert_eq!(socks(&node, &to_address([10, 0, 0, 1], 80)).await.0, 5);
     node.logged(&[
         "error\taccess\tconnection complete",
         "dst.workload=\"curl\"",

@@ -3,15 +3,18 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::io::AsyncWrite;
 use tokio::net::TcpStream;
 
 use super::connection::Fields;
+use super::fate::Failure;
 use super::frame::Reason;
-use super::tunnel::Failure;
+
 use crate::Counters;
 
 /// How often it is looked whether an application has taken what came before a reset.
@@ -110,6 +113,29 @@ pub struct Carried {
     pub socket: TcpStream,
     pub waker: Waker,
     pub counters: Rc<Counters>,
+}
+
+impl Carried {
+    /// Writes as much as the socket takes, and has it report when it takes more.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = send(&mut self.socket, &self.waker, bytes)?;
+        let received = &self.counters.received;
+        received.set(received.get() + written as u64);
+        Ok(written)
+    }
+}
+
+/// Writes as much as a socket takes, and has it report when it takes more.
+pub fn send(socket: &mut TcpStream, waker: &Waker, bytes: &[u8]) -> io::Result<usize> {
+    let mut cx = Context::from_waker(waker);
+    let mut written = 0;
+    while written < bytes.len() {
+        match Pin::new(&mut *socket).poll_write(&mut cx, &bytes[written..]) {
+            Poll::Pending => break,
+            Poll::Ready(result) => written += result?,
+        }
+    }
+    Ok(written)
 }
 
 impl Flow {

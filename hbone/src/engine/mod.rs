@@ -8,6 +8,7 @@ mod connection;
 #[cfg(test)]
 mod connection_tests;
 mod control;
+mod fate;
 mod flow;
 mod frame;
 pub(crate) mod handshake;
@@ -34,11 +35,11 @@ use tokio::time::{sleep, timeout};
 
 pub(crate) use connection::{Fields, Limits, Role};
 pub(crate) use control::REASON;
+pub use fate::Failure;
+pub(crate) use fate::is_abrupt_close;
 pub(crate) use flow::Outcome;
 pub use frame::Reason;
 pub(crate) use hpack::Encoder;
-pub use tunnel::Failure;
-pub(crate) use tunnel::is_abrupt_close;
 
 /// What benchmarks of the framing need.
 #[cfg(feature = "internals")]
@@ -49,11 +50,12 @@ pub mod internals {
 use crate::revocation::Number;
 use crate::{Counters, Revocations};
 use connection::Connection;
+use fate::{Request, Shared};
 use flow::Ticket;
 use handshake::Proven;
 use ready::{ReadyQueue, Token};
 use scratch::Scratch;
-use tunnel::{Request, Shared, Tunnel};
+use tunnel::Tunnel;
 
 /// How long a worker keeps large buffers that it does not use.
 const REST: Duration = Duration::from_secs(10);

@@ -1,24 +1,22 @@
 //! One tunnel's sockets: records in, bytes to the applications; their bytes into frames, sealed and sent at once.
 
-use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use socket2::SockRef;
-use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 
-use super::connection::{Connection, Event, Fault, Fields};
-use super::flow::{Carried, Flow, Outcome, Ticket};
+use super::connection::{Connection, Event, Fault};
+use super::fate::{Failure, Request, Shared};
+use super::flow::{Carried, Flow, Outcome, send};
 use super::frame::{HEADER, Reason};
 use super::ready::{ReadyQueue, Token};
-use super::record::{RecordError, Records};
+use super::record::Records;
 use super::scratch::{SCRATCH, Scratch};
 use crate::Counters;
 
@@ -30,93 +28,6 @@ const KEPT_CONTROL: usize = 2 << 10;
 const READS: usize = 2;
 /// The least room in the scratch that is worth a read, in bytes.
 const WORTH: usize = 16 << 10;
-
-/// Why a tunnel ended.
-#[derive(Clone, Debug, Error)]
-pub enum Failure {
-    #[error("the peer closed the tunnel")]
-    Closed,
-    #[error("{0}")]
-    Io(Rc<io::Error>),
-    #[error("{0}")]
-    Records(#[from] RecordError),
-    #[error("{0}")]
-    Protocol(#[from] Fault),
-    #[error("the peer answers no pings")]
-    Silent,
-    #[error("the tunnel was stopped")]
-    Stopped,
-    #[error("peer certificate revoked by CRL")]
-    Revoked,
-    #[error("a certificate that it was made with has expired")]
-    Expired,
-}
-
-impl Failure {
-    /// Whether the peer merely went away.
-    pub fn is_abrupt_close(&self) -> bool {
-        match self {
-            Self::Closed | Self::Stopped => true,
-            Self::Io(error) => is_abrupt_close(error),
-            Self::Records(_) | Self::Protocol(_) | Self::Silent | Self::Revoked | Self::Expired => {
-                false
-            }
-        }
-    }
-}
-
-/// Whether a peer closed without ceremony, which ends a flow but is no failure.
-pub fn is_abrupt_close(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::NotConnected
-            | ErrorKind::UnexpectedEof
-            | ErrorKind::ConnectionReset
-            | ErrorKind::ConnectionAborted
-            | ErrorKind::BrokenPipe
-    )
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Io(Rc::new(error))
-    }
-}
-
-/// Shared by the engine and the owners of a tunnel.
-#[derive(Debug, Default)]
-pub struct Shared {
-    /// Why it ended, once it has.
-    pub ended: RefCell<Option<Failure>>,
-    /// Whether the peer was heard to speak HTTP/2.
-    pub settled: Cell<bool>,
-    /// The task that takes requests.
-    pub acceptor: RefCell<Option<Waker>>,
-    /// Told of every answered ping.
-    pub pong: Notify,
-    /// Told of the end.
-    pub over: Notify,
-}
-
-impl Shared {
-    pub fn is_over(&self) -> bool {
-        self.ended.borrow().is_some()
-    }
-
-    fn wake_acceptor(&self) {
-        if let Some(waker) = self.acceptor.borrow_mut().take() {
-            waker.wake();
-        }
-    }
-}
-
-/// A stream that waits to be taken by the serving end.
-#[derive(Debug)]
-pub struct Request {
-    pub place: usize,
-    pub ticket: Rc<Ticket>,
-    pub fields: Box<Fields>,
-}
 
 /// Sealed records that the socket did not take yet.
 #[derive(Debug)]
@@ -365,7 +276,7 @@ impl Tunnel {
         if flow.is_drained()
             && let Some(carried) = &mut flow.carried
         {
-            match write(carried, bytes) {
+            match carried.write(bytes) {
                 Ok(written) => taken = written,
                 Err(error) => return self.break_off(place, Outcome::Write(Rc::new(error))),
             }
@@ -394,7 +305,7 @@ impl Tunnel {
         else {
             return self.settle(place);
         };
-        match write(carried, &flow.pending[flow.written..]) {
+        match carried.write(&flow.pending[flow.written..]) {
             Ok(written) => {
                 flow.written += written;
                 if flow.is_drained() {
@@ -683,24 +594,4 @@ impl Tunnel {
         self.shared.wake_acceptor();
         self.shared.over.notify_waiters();
     }
-}
-
-/// Writes as much as the socket takes, and has it report when it takes more.
-fn write(carried: &mut Carried, bytes: &[u8]) -> io::Result<usize> {
-    let written = send(&mut carried.socket, &carried.waker, bytes)?;
-    let received = &carried.counters.received;
-    received.set(received.get() + written as u64);
-    Ok(written)
-}
-
-fn send(socket: &mut TcpStream, waker: &Waker, bytes: &[u8]) -> io::Result<usize> {
-    let mut cx = Context::from_waker(waker);
-    let mut written = 0;
-    while written < bytes.len() {
-        match Pin::new(&mut *socket).poll_write(&mut cx, &bytes[written..]) {
-            Poll::Pending => break,
-            Poll::Ready(result) => written += result?,
-        }
-    }
-    Ok(written)
 }
