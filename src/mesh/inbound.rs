@@ -11,7 +11,6 @@ use super::workload::{
     GatewayAddress, GatewayDestination, NamespacedHostname, NetworkAddress, Ports, TunnelProtocol,
     Workload,
 };
-use crate::telemetry::Reason;
 
 /// Where an accepted CONNECT goes; the address is always the workload's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,19 +21,32 @@ pub struct InboundTarget {
     pub announced: Option<SocketAddr>,
 }
 
+/// What is wrong with a CONNECT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The address asked for is not served here.
+    WrongAddress,
+    /// It asks for one of Warren's own ports.
+    Loop,
+    UnknownHost,
+    UnknownPort,
+    /// The service has no address to announce to the application.
+    NoAddress,
+}
+
 /// Why a CONNECT is refused before policy is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InboundRefusal {
     /// The HTTP status.
     pub status: u16,
-    pub reason: Reason,
+    pub fault: Fault,
     pub text: String,
 }
 
-fn refuse<T>(status: u16, reason: Reason, text: String) -> Result<T, InboundRefusal> {
+fn refuse<T>(status: u16, fault: Fault, text: String) -> Result<T, InboundRefusal> {
     Err(InboundRefusal {
         status,
-        reason,
+        fault,
         text,
     })
 }
@@ -65,7 +77,7 @@ impl Mesh {
                 {
                     return refuse(
                         400,
-                        Reason::WrongAddress,
+                        Fault::WrongAddress,
                         format!("ip mismatch: {local_ip} != {ip}"),
                     );
                 }
@@ -83,7 +95,7 @@ impl Mesh {
         if illegal_ports.contains(&port) || illegal_ports.contains(&connect_port) {
             return refuse(
                 503,
-                Reason::Loop,
+                Fault::Loop,
                 "attempted recursive call to ourselves".to_string(),
             );
         }
@@ -97,7 +109,7 @@ impl Mesh {
                     None => {
                         return refuse(
                             503,
-                            Reason::NoAddress,
+                            Fault::NoAddress,
                             format!("requested service {hostname} found, but has no IP addresses"),
                         );
                     }
@@ -124,7 +136,7 @@ impl Mesh {
         let Some(service) = self.best_by_hostname(hostname, Some(&local.namespace), None) else {
             return refuse(
                 503,
-                Reason::UnknownHost,
+                Fault::UnknownHost,
                 format!("no service or workload for hostname: {hostname}"),
             );
         };
@@ -139,7 +151,7 @@ impl Mesh {
             Some(target) => Ok((service, target)),
             None => refuse(
                 503,
-                Reason::UnknownPort,
+                Fault::UnknownPort,
                 format!("requested service {hostname}:{port} found, but cannot resolve port"),
             ),
         }

@@ -16,6 +16,7 @@ use super::outbound::carry;
 use super::pod::Pod;
 use super::proxy_protocol;
 use super::{Accepted, Refusal};
+use crate::mesh::inbound::Fault;
 use crate::policy::{Context, Verdict};
 use crate::telemetry::{Direction, Flow, FlowError, Reason};
 use crate::xds::names;
@@ -212,7 +213,14 @@ async fn open(
     ) {
         Ok(target) => target,
         Err(refusal) => {
-            let error = FlowError::new(refusal.reason, refusal.text);
+            let reason = match refusal.fault {
+                Fault::WrongAddress => Reason::WrongAddress,
+                Fault::Loop => Reason::Loop,
+                Fault::UnknownHost => Reason::UnknownHost,
+                Fault::UnknownPort => Reason::UnknownPort,
+                Fault::NoAddress => Reason::NoAddress,
+            };
+            let error = FlowError::new(reason, refusal.text);
             return Err(early(incoming, refusal.status, error));
         }
     };
