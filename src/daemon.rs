@@ -240,14 +240,18 @@ fn serve_http(
     spawn_local(http::serve(
         http::listen(config.stats)?,
         "stats",
-        move |request| {
+        move |request: http::Request| {
             let (pods, telemetry) = scraped.clone();
             async move {
                 if !matches!(&*request.path, "/metrics" | "/stats/prometheus") {
                     return Reply::empty(404);
                 }
                 pods.settle().await;
-                Reply::of(metrics::CONTENT_TYPE, telemetry.encode())
+                let content_type = match request.accepts(metrics::MEDIA_TYPE) {
+                    true => metrics::CONTENT_TYPE,
+                    false => metrics::PLAIN_TYPE,
+                };
+                Reply::of(content_type, telemetry.encode()).compressed_for(&request)
             }
         },
     ));

@@ -112,6 +112,7 @@ mod tests {
             method: method.into(),
             path: path.into(),
             query: query.into(),
+            ..Request::default()
         };
         let reply = answer(Rc::new(Empty), Arc::new(Notify::new()), request).await;
         (reply.status, String::from_utf8(reply.body).unwrap())

@@ -2,10 +2,12 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::io;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
@@ -19,15 +21,42 @@ const HEAD: Duration = Duration::from_secs(2);
 const BUFFER: usize = 8 << 10;
 
 /// What the handlers need of a request.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Request {
     pub method: String,
     pub path: String,
     /// Without the question mark.
     pub query: String,
+    /// All of `Accept`, between commas.
+    pub accept: String,
+    /// All of `Accept-Encoding`, between commas.
+    pub accept_encoding: String,
 }
 
 impl Request {
+    /// Whether `Accept` names a media type, whatever its parameters.
+    pub fn accepts(&self, media_type: &str) -> bool {
+        let named = |item: &str| {
+            item.split(';')
+                .next()
+                .unwrap_or_default()
+                .trim()
+                .to_string()
+        };
+        let mut items = self.accept.split(',').map(named);
+        items.any(|item| item.eq_ignore_ascii_case(media_type))
+    }
+
+    /// Whether the answer may be compressed with gzip (RFC 9110 §12.5.3).
+    pub fn takes_gzip(&self) -> bool {
+        let mut items = self.accept_encoding.split(',').map(|item| {
+            let (name, parameters) = item.split_once(';').unwrap_or((item, ""));
+            let weight = parameters.trim().strip_prefix("q=");
+            (name.trim(), weight.and_then(|weight| weight.parse().ok()))
+        });
+        items.any(|(name, weight)| name == "gzip" && weight.unwrap_or(1.0) > 0.0)
+    }
+
     /// The value of a query parameter; empty if it is only named. Percent escapes are decoded.
     pub fn parameter(&self, name: &str) -> Option<String> {
         self.query.split('&').find_map(|pair| {
@@ -67,6 +96,7 @@ fn unescape(text: &str) -> String {
 pub struct Reply {
     pub status: u16,
     pub content_type: Option<&'static str>,
+    pub content_encoding: Option<&'static str>,
     pub body: Vec<u8>,
 }
 
@@ -76,6 +106,7 @@ impl Reply {
         Self {
             status,
             content_type: None,
+            content_encoding: None,
             body: Vec::new(),
         }
     }
@@ -85,6 +116,7 @@ impl Reply {
         Self {
             status,
             content_type: Some("text/plain"),
+            content_encoding: None,
             body: body.into().into_bytes(),
         }
     }
@@ -94,7 +126,24 @@ impl Reply {
         Self {
             status: 200,
             content_type: Some(content_type),
+            content_encoding: None,
             body: body.into(),
+        }
+    }
+
+    /// The same, smaller, if the client takes that.
+    pub fn compressed_for(self, request: &Request) -> Self {
+        if !request.takes_gzip() {
+            return self;
+        }
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        match packed.write_all(&self.body).and_then(|()| packed.finish()) {
+            Ok(body) => Self {
+                content_encoding: Some("gzip"),
+                body,
+                ..self
+            },
+            Err(_) => self,
         }
     }
 }
@@ -161,21 +210,20 @@ where
     let _ = socket.set_nodelay(true);
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let handler = handler.clone();
-        let (method, uri) = (request.method().to_string(), request.uri());
-        let (path, query) = (
-            uri.path().to_string(),
-            uri.query().unwrap_or_default().to_string(),
-        );
-        async move {
-            Ok::<_, Infallible>(response(
-                handler(Request {
-                    method,
-                    path,
-                    query,
-                })
-                .await,
-            ))
-        }
+        let uri = request.uri();
+        let all = |name| {
+            let values = request.headers().get_all(name).iter();
+            let texts: Vec<_> = values.filter_map(|value| value.to_str().ok()).collect();
+            texts.join(",")
+        };
+        let asked = Request {
+            method: request.method().to_string(),
+            path: uri.path().to_string(),
+            query: uri.query().unwrap_or_default().to_string(),
+            accept: all(hyper::header::ACCEPT),
+            accept_encoding: all(hyper::header::ACCEPT_ENCODING),
+        };
+        async move { Ok::<_, Infallible>(response(handler(asked).await)) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -199,6 +247,11 @@ fn response(reply: Reply) -> hyper::Response<Full<Bytes>> {
             .headers_mut()
             .insert(hyper::header::CONTENT_TYPE, value);
     }
+    if let Some(encoding) = reply.content_encoding {
+        let value = hyper::header::HeaderValue::from_static(encoding);
+        let headers = response.headers_mut();
+        headers.insert(hyper::header::CONTENT_ENCODING, value);
+    }
     response
 }
 
@@ -207,11 +260,47 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_client_takes_is_read_item_by_item() {
+        let request = |accept: &str, encoding: &str| Request {
+            accept: accept.into(),
+            accept_encoding: encoding.into(),
+            ..Request::default()
+        };
+        let open_metrics = "application/openmetrics-text";
+        for (accept, expected) in [
+            (
+                "application/openmetrics-text;version=1.0.0,text/plain;q=0.5",
+                true,
+            ),
+            ("text/plain, Application/OpenMetrics-Text", true),
+            ("text/plain", false),
+            ("", false),
+            ("*/*", false),
+        ] {
+            assert_eq!(
+                request(accept, "").accepts(open_metrics),
+                expected,
+                "{accept}"
+            );
+        }
+        for (encoding, expected) in [
+            ("gzip, deflate, br", true),
+            ("br;q=1.0, gzip;q=0.8", true),
+            ("gzip;q=0", false),
+            ("identity", false),
+            ("", false),
+        ] {
+            assert_eq!(request("", encoding).takes_gzip(), expected, "{encoding}");
+        }
+    }
+
+    #[test]
     fn parameters_are_found_and_unescaped() {
         let request = Request {
             method: "POST".into(),
             path: "/".into(),
             query: "level=a%3Ddebug,b%zz&reset".into(),
+            ..Request::default()
         };
         assert_eq!(request.parameter("level").as_deref(), Some("a=debug,b%zz"));
         assert_eq!(request.parameter("reset").as_deref(), Some(""));

@@ -30,6 +30,7 @@ pub async fn cpu(request: &Request) -> Reply {
         Ok(Ok(body)) => Reply {
             status: 200,
             content_type: None,
+            content_encoding: None,
             body,
         },
         Ok(Err(error @ CpuError::Busy)) => Reply::text(409, format!("{error}\n")),
@@ -98,8 +99,8 @@ mod tests {
     fn request(query: &str) -> Request {
         Request {
             method: "GET".into(),
-            path: String::new(),
             query: query.into(),
+            ..Request::default()
         }
     }
 

@@ -100,7 +100,7 @@ mod tests {
             let reply = ready.answer(&Request {
                 method: method.into(),
                 path: path.into(),
-                query: String::new(),
+                ..Request::default()
             });
             (reply.status, String::from_utf8(reply.body).unwrap())
         };

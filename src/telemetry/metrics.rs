@@ -15,7 +15,11 @@ use super::series::{Series, SeriesTable};
 use super::sink::Sink;
 
 /// The content type of `Telemetry::encode`.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+pub const CONTENT_TYPE: &str = "application/openmetrics-text;charset=utf-8;version=1.0.0";
+/// The media type, without parameters.
+pub const MEDIA_TYPE: &str = "application/openmetrics-text";
+/// What the same text is called for those who do not ask for it by that name.
+pub const PLAIN_TYPE: &str = "text/plain; charset=utf-8";
 
 /// Upper bounds of the latency histogram, in seconds.
 const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
