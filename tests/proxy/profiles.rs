@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::time::Duration;
 
+use crate::applications::greet;
 use crate::harness::Node;
 use crate::tunnel::status;
 
@@ -140,7 +141,7 @@ async fn a_cpu_profile_names_the_functions_that_ran() {
     let Some(node) = Node::start("cpu-profile", &[]).await else {
         return;
     };
-    let _application = node.listen(8080);
+    greet(node.listen(8080));
     // However slow the machine is: the load runs until there are samples.
     for seconds in [1, 2, 4, 8] {
         let path = format!("{CPU}?seconds={seconds}&frequency=1000");
@@ -193,7 +194,7 @@ async fn a_heap_profile_is_taken_while_it_is_switched_on() {
     let Some(node) = Node::start("heap-profile", &[]).await else {
         return;
     };
-    let _application = node.listen(8080);
+    greet(node.listen(8080));
     let inactive =
         "heap profiling not active; activate with /debug/pprof/heap/profiling?activate=true";
     let switch = async |value: &str| {
@@ -253,7 +254,7 @@ async fn the_runtimes_metrics_stand_between_those_of_process_and_mesh() {
     let Some(node) = Node::start("runtimes", &[]).await else {
         return;
     };
-    let _application = node.listen(8080);
+    greet(node.listen(8080));
     assert_eq!(status(&node, APPLICATION).await, 200);
     let (_, text) = node.http("GET", 15020, "/metrics").await;
     let value = |name: &str| -> f64 {
