@@ -2,6 +2,7 @@
 
 pub mod capture;
 mod compare;
+pub mod eligibility;
 pub mod iptables;
 mod netlink;
 pub mod netns;
