@@ -4,8 +4,6 @@ use crate::render;
 use crate::rules::{CaptureConfig, Family, Hook, Rule, Table, plan, tables};
 use crate::saved::{Saved, SavedTable};
 
-const HOOKS: [Hook; 2] = [Hook::Prerouting, Hook::Output];
-
 /// The first thing in which a namespace differs from the plan.
 ///
 /// Rules are compared as they are printed. `has` is asked, with a table and a rule, only about what an iptables may
@@ -19,16 +17,16 @@ pub fn difference<E>(
     config: &CaptureConfig,
     mut has: impl FnMut(&str, &str) -> Result<bool, E>,
 ) -> Result<Option<String>, E> {
-    if let Some(text) = unexpected(saved, config) {
+    if let Some(text) = unexpected(saved, family, config) {
         return Ok(Some(text));
     }
-    let rules = plan(config);
-    for table in tables(config) {
+    let rules = plan(family, config);
+    for table in tables(family, config) {
         let name = render::table(*table);
         let Some(known) = saved.table(name) else {
             return Ok(Some(format!("table {name} is missing")));
         };
-        for hook in HOOKS {
+        for &hook in table.hooks() {
             let chain = render::chain(hook);
             if !known.chains.iter().any(|known| known == chain) {
                 return Ok(Some(format!("chain {chain} of table {name} is missing")));
@@ -55,11 +53,12 @@ fn is_in_chain(rule: &Rule, table: Table, hook: Hook) -> bool {
 }
 
 /// A chain that looks like ours where none should be.
-fn unexpected(saved: &Saved, config: &CaptureConfig) -> Option<String> {
+fn unexpected(saved: &Saved, family: Family, config: &CaptureConfig) -> Option<String> {
     for known in &saved.tables {
-        let ours = |table: &Table| render::table(*table) == known.name;
-        let planned = tables(config).iter().any(ours);
-        let expected = |chain: &String| planned && HOOKS.map(render::chain).contains(&&**chain);
+        let ours = |table: &&Table| render::table(**table) == known.name;
+        let planned = tables(family, config).iter().find(ours);
+        let hooks = planned.map_or(&[][..], |table| table.hooks());
+        let expected = |chain: &String| hooks.iter().any(|hook| render::chain(*hook) == chain);
         if let Some(chain) = known.chains.iter().find(|chain| !expected(chain)) {
             return Some(format!("unexpected chain {chain} in table {}", known.name));
         }
@@ -103,7 +102,7 @@ fn plain(rule: &str) -> Vec<&str> {
     let mut plain: Vec<&str> = Vec::new();
     for word in rule.split(' ') {
         match (plain.last(), word) {
-            (Some(&"-m"), "tcp" | "udp") => {
+            (Some(&"-m"), "tcp" | "udp" | "icmp6") => {
                 plain.pop();
             }
             (_, "--to-port") => plain.push("--to-ports"),

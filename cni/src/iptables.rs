@@ -1,20 +1,14 @@
 //! iptables: which of its programs works here, and running it in a pod's namespace.
 
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Output, Stdio};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
 
-use nix::sched::{CloneFlags, setns, unshare};
 use thiserror::Error;
 
+use crate::program::{Place, complaint, execute};
 use crate::rules::Family;
 use crate::saved::Saved;
-
-/// Where legacy iptables is to take its lock. Only writers in the same namespace get in each other's way, and those
-/// have other locks in other containers; so nobody is waited for, and the usual place need not be writable.
-const LOCK: (&str, &str) = ("XTABLES_LOCKFILE", "/dev/null");
 
 /// Why rules could not be read or changed.
 #[derive(Debug, Error)]
@@ -48,15 +42,6 @@ pub struct Iptables {
     program: String,
     /// Whether writers must wait for each other.
     lock: bool,
-}
-
-/// Where a program runs.
-#[derive(Clone, Copy)]
-enum Place<'a> {
-    Here,
-    Pod(BorrowedFd<'a>),
-    /// A namespace that nobody else is in and that goes with the program.
-    Fresh,
 }
 
 impl Iptables {
@@ -191,12 +176,7 @@ impl Iptables {
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        let told = String::from_utf8_lossy(&output.stderr);
-        let lines = told.lines().map(str::trim).filter(|line| !line.is_empty());
-        let message = match lines.collect::<Vec<_>>().join("; ") {
-            nothing if nothing.is_empty() => output.status.to_string(),
-            message => message,
-        };
+        let message = complaint(&output);
         Err(IptablesError::Failed { program, message })
     }
 }
@@ -228,47 +208,6 @@ fn variants(forced: &str) -> Result<&'static [Variant], IptablesError> {
         "nft" => Ok(const { &[variant("-nft", false)] }),
         other => Err(IptablesError::Forced(other.to_string())),
     }
-}
-
-fn execute(
-    program: &str,
-    arguments: &[&str],
-    place: Place<'_>,
-    input: Option<&str>,
-) -> io::Result<Output> {
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let enter: Box<dyn Fn() -> nix::Result<()> + Send + Sync> = match place {
-        Place::Here => Box::new(|| Ok(())),
-        Place::Fresh => Box::new(|| unshare(CloneFlags::CLONE_NEWNET)),
-        Place::Pod(netns) => {
-            let raw = netns.as_raw_fd();
-            // SAFETY: the descriptor is borrowed for longer than the child lives.
-            Box::new(move || {
-                setns(
-                    unsafe { BorrowedFd::borrow_raw(raw) },
-                    CloneFlags::CLONE_NEWNET,
-                )
-            })
-        }
-    };
-    if !matches!(place, Place::Here) {
-        command.env(LOCK.0, LOCK.1);
-    }
-    // SAFETY: between fork and exec nothing happens but one system call.
-    unsafe {
-        command.pre_exec(move || Ok(enter()?));
-    }
-    let mut child = command.spawn()?;
-    if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
-        // A program that ends early says why on its error output.
-        let _ = stdin.write_all(input.as_bytes());
-    }
-    child.wait_with_output()
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ pub mod eligibility;
 pub mod iptables;
 mod netlink;
 pub mod netns;
+pub mod nftables;
+mod program;
 pub mod render;
 mod routes;
 pub mod rules;
@@ -13,4 +15,4 @@ pub mod saved;
 pub mod zds;
 
 pub use capture::{CaptureError, Outcome, capture, remove, verify};
-pub use rules::CaptureConfig;
+pub use rules::{Backend, CaptureConfig, Ipv6Mode};

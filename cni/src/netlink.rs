@@ -1,4 +1,4 @@
-//! Requests to the kernel's routing tables over netlink (RFC 3549).
+//! Requests to the kernel's routing tables and to netfilter over netlink (RFC 3549).
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -17,17 +17,33 @@ const DONE: u16 = libc::NLMSG_DONE as u16;
 /// How often a list that changed while it was read is read anew.
 const ATTEMPTS: usize = 5;
 
-/// A socket to the routing tables of the namespace it was opened in.
+/// A socket to the namespace it was opened in.
 pub struct Netlink(OwnedFd);
 
 impl Netlink {
-    pub fn open() -> io::Result<Self> {
+    /// To the routing tables.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn routing() -> io::Result<Self> {
+        Self::open(libc::NETLINK_ROUTE)
+    }
+
+    /// To netfilter, whose kinds of requests are a subsystem and a command.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn netfilter() -> io::Result<Self> {
+        Self::open(libc::NETLINK_NETFILTER)
+    }
+
+    fn open(protocol: libc::c_int) -> io::Result<Self> {
         // SAFETY: plain system call; the descriptor it gives is owned by nobody else.
         let socket = unsafe {
             let raw = libc::socket(
                 libc::AF_NETLINK,
                 libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                libc::NETLINK_ROUTE,
+                protocol,
             );
             if raw < 0 {
                 return Err(io::Error::last_os_error());
@@ -116,30 +132,68 @@ impl Netlink {
     }
 }
 
-/// Appends a numeric attribute to a request.
-pub fn attribute(body: &mut Vec<u8>, kind: u16, value: u32) {
-    body.extend(8u16.to_ne_bytes());
-    body.extend(kind.to_ne_bytes());
-    body.extend(value.to_ne_bytes());
+/// The header of a request to netfilter, struct nfgenmsg.
+pub fn netfilter_header(family: u8) -> Vec<u8> {
+    vec![family, 0, 0, 0]
 }
 
-/// The attributes behind the header of a body.
+/// The length of that header.
+pub const NETFILTER_HEADER: usize = 4;
+/// On the kind of an attribute that holds attributes.
+pub const NESTED: u16 = 0x8000;
+/// On the kind of an attribute in network byte order.
+pub const NETWORK_ORDER: u16 = 0x4000;
+/// What remains of a kind without the two.
+const KIND: u16 = 0x3fff;
+/// The length of struct nlattr.
+const ATTRIBUTE_HEADER: usize = 4;
+
+/// Appends a numeric attribute to a request.
+pub fn attribute(body: &mut Vec<u8>, kind: u16, value: u32) {
+    attribute_bytes(body, kind, &value.to_ne_bytes());
+}
+
+/// Appends an attribute of any kind; padding follows as the next one needs.
+pub fn attribute_bytes(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    body.extend(((ATTRIBUTE_HEADER + value.len()) as u16).to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+}
+
+/// The attributes behind the header of a body, or within another attribute.
 #[derive(Clone, Copy)]
 pub struct Attributes<'a>(pub &'a [u8]);
 
-impl Attributes<'_> {
-    /// The value of a numeric attribute.
-    pub fn number(self, wanted: u16) -> Option<u32> {
+impl<'a> Attributes<'a> {
+    /// Each with its kind; they end where one is cut off.
+    pub fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
         let mut rest = self.0;
-        loop {
+        std::iter::from_fn(move || {
             let length = usize::from(u16::from_ne_bytes(*rest.first_chunk()?));
             let kind = u16::from_ne_bytes(*rest.get(2..)?.first_chunk()?);
-            if kind == wanted {
-                let value = rest.get(4..length)?;
-                return value.try_into().ok().map(u32::from_ne_bytes);
-            }
-            rest = rest.get(length.max(4).next_multiple_of(4)..)?;
-        }
+            let value = rest.get(ATTRIBUTE_HEADER..length)?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            Some((kind & KIND, value))
+        })
+    }
+
+    /// The value of the first attribute of a kind.
+    pub fn get(self, wanted: u16) -> Option<&'a [u8]> {
+        let mut found = self.iter().filter(|(kind, _)| *kind == wanted);
+        found.next().map(|(_, value)| value)
+    }
+
+    /// The value of a numeric attribute.
+    pub fn number(self, wanted: u16) -> Option<u32> {
+        let value = self.get(wanted)?;
+        value.try_into().ok().map(u32::from_ne_bytes)
+    }
+
+    /// The value of an attribute that is text.
+    pub fn text(self, wanted: u16) -> Option<&'a str> {
+        let value = self.get(wanted)?;
+        std::str::from_utf8(value.split(|byte| *byte == 0).next()?).ok()
     }
 }
 
@@ -234,8 +288,10 @@ mod tests {
     fn attributes_are_found_by_kind_whatever_stands_before_them() {
         let mut body = vec![5, 0, 3, 0, b'x', 0, 0, 0];
         attribute(&mut body, 4, 77);
+        attribute_bytes(&mut body, NESTED | 5, b"name\0");
         let attributes = Attributes(&body);
         assert_eq!(attributes.number(4), Some(77));
+        assert_eq!(attributes.text(5), Some("name"));
         assert_eq!(attributes.number(3), None);
         assert_eq!(attributes.number(9), None);
         // Lengths that lie lead nowhere.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::fstat;
 
 /// Opens a network namespace by its path, such as `/proc/1/ns/net`.
@@ -22,6 +22,18 @@ pub fn open(path: &Path) -> io::Result<File> {
     }
     let text = format!("{} is not a network namespace", path.display());
     Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+}
+
+/// Makes a network namespace; it goes with the last descriptor of it.
+///
+/// # Errors
+/// When this process may not make one.
+pub fn fresh() -> io::Result<File> {
+    let make = || {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        File::open("/proc/thread-self/ns/net")
+    };
+    std::thread::scope(|scope| on_thread(scope, make))
 }
 
 /// Runs something in a network namespace, on a thread of its own so that no other is ever in the wrong place.
@@ -41,15 +53,20 @@ pub fn within<T: Send>(
         })?;
         work()
     };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name("netns".to_string())
-            .spawn_scoped(scope, run)?;
-        thread.join().unwrap_or_else(|_| {
-            Err(io::Error::other(
-                "the work in the network namespace panicked",
-            ))
-        })
+    std::thread::scope(|scope| on_thread(scope, run))
+}
+
+/// Where a thread went stays its own, so it does nothing else.
+fn on_thread<'scope, T: Send + 'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    work: impl FnOnce() -> io::Result<T> + Send + 'scope,
+) -> io::Result<T> {
+    let thread = std::thread::Builder::new()
+        .name("netns".to_string())
+        .spawn_scoped(scope, work)?;
+    thread.join().unwrap_or_else(|_| {
+        let text = "the work in the network namespace panicked";
+        Err(io::Error::other(text))
     })
 }
 

@@ -14,6 +14,7 @@ pub const CHAIN_PREFIX: &str = "ISTIO_";
 /// A table's name.
 pub fn table(table: Table) -> &'static str {
     match table {
+        Table::Filter => "filter",
         Table::Mangle => "mangle",
         Table::Nat => "nat",
         Table::Raw => "raw",
@@ -24,6 +25,8 @@ pub fn table(table: Table) -> &'static str {
 pub fn chain(hook: Hook) -> &'static str {
     match hook {
         Hook::Prerouting => "ISTIO_PRERT",
+        Hook::Input => "ISTIO_INPUT",
+        Hook::Forward => "ISTIO_FORWARD",
         Hook::Output => "ISTIO_OUTPUT",
     }
 }
@@ -31,6 +34,8 @@ pub fn chain(hook: Hook) -> &'static str {
 fn builtin(hook: Hook) -> &'static str {
     match hook {
         Hook::Prerouting => "PREROUTING",
+        Hook::Input => "INPUT",
+        Hook::Forward => "FORWARD",
         Hook::Output => "OUTPUT",
     }
 }
@@ -79,58 +84,62 @@ pub fn rule(rule: &Rule, family: Family, config: &CaptureConfig) -> String {
         Rule::ZoneAnswers => {
             format!("-p udp -m mark ! --mark {proxy} -m udp --sport 53 -j CT --zone {DNS_ZONE}")
         }
+        Rule::PassLoopback(Hook::Output) => "-o lo -j RETURN".to_string(),
+        Rule::PassLoopback(_) => "-i lo -j RETURN".to_string(),
+        Rule::PassIcmp(_, kind) => format!("-p ipv6-icmp --icmpv6-type {kind} -j RETURN"),
+        Rule::PassReset => "-p tcp --tcp-flags RST RST -j RETURN".to_string(),
+        Rule::RefuseTcp(_) => "-p tcp -j REJECT --reject-with tcp-reset".to_string(),
+        Rule::Refuse(_) => "-j REJECT --reject-with icmp6-adm-prohibited".to_string(),
     };
     format!("{} {text}", chain(rule.hook()))
 }
 
 /// All rules of a family as input for `iptables-restore --noflush`, for a namespace that has none of our chains.
 pub fn restore(family: Family, config: &CaptureConfig) -> String {
-    let rules = plan(config);
+    let rules = plan(family, config);
     let mut text = String::new();
-    for known in tables(config) {
-        let _ = writeln!(text, "* {}\n-N ISTIO_OUTPUT\n-N ISTIO_PRERT", table(*known));
-        for planned in rules.iter().filter(|planned| planned.table() == *known) {
-            let _ = writeln!(text, "-A {}", rule(planned, family, config));
+    for known in tables(family, config) {
+        let _ = writeln!(text, "* {}", table(*known));
+        for hook in known.hooks() {
+            let _ = writeln!(text, "-N {}", chain(*hook));
         }
-        text.push_str("COMMIT\n");
+        append(&mut text, *known, &rules, family, config);
     }
     text
 }
 
 /// The same for a namespace that has some: whatever of ours is there is replaced, one table at a time without a gap.
+/// What takes its place is there before anything goes for good.
 pub fn replacement(saved: &Saved, family: Family, config: &CaptureConfig) -> String {
-    let rules = plan(config);
+    let rules = plan(family, config);
+    let planned = tables(family, config);
     let mut text = String::new();
-    for known in [Table::Mangle, Table::Nat, Table::Raw] {
-        let name = table(known);
+    for known in planned {
+        let name = table(*known);
         let empty = SavedTable::default();
         let held = saved.table(name).unwrap_or(&empty);
-        let planned = tables(config).contains(&known);
-        if !planned && held.chains.is_empty() {
-            continue;
-        }
-        let chains: &[Hook] = if planned {
-            &[Hook::Output, Hook::Prerouting]
-        } else {
-            &[]
-        };
-        let chains: Vec<_> = chains.iter().map(|hook| chain(*hook)).collect();
+        let chains: Vec<_> = known.hooks().iter().map(|hook| chain(*hook)).collect();
         let _ = writeln!(text, "*{name}");
         for chain in &chains {
             // Empties the chain if there is one.
             let _ = writeln!(text, ":{chain} - [0:0]");
         }
         clear(&mut text, held, &chains);
-        for planned in rules.iter().filter(|planned| planned.table() == known) {
-            let _ = writeln!(text, "-A {}", rule(planned, family, config));
-        }
-        text.push_str("COMMIT\n");
+        append(&mut text, *known, &rules, family, config);
     }
-    let elsewhere = saved.tables.iter().filter(|held| held.name == "filter");
-    for held in elsewhere {
+    let is_planned = |held: &SavedTable| planned.iter().any(|known| table(*known) == held.name);
+    for held in saved.tables.iter().filter(|held| !is_planned(held)) {
         text.push_str(&removal_of(held));
     }
     text
+}
+
+/// The rules of a table and its end.
+fn append(text: &mut String, known: Table, rules: &[Rule], family: Family, config: &CaptureConfig) {
+    for planned in rules.iter().filter(|planned| planned.table() == known) {
+        let _ = writeln!(text, "-A {}", rule(planned, family, config));
+    }
+    text.push_str("COMMIT\n");
 }
 
 /// What removes every chain of ours and every jump to one; nothing if there is none.
@@ -224,7 +233,7 @@ COMMIT
             Rule::RedirectOutbound => "outbound",
             _ => "other",
         };
-        let rules = plan(config);
+        let rules = plan(Family::V4, config);
         let of = |hook| {
             let in_chain = |rule: &&Rule| {
                 rule.table() == Table::Nat && rule.hook() == hook && !matches!(rule, Rule::Jump(..))
@@ -273,8 +282,9 @@ COMMIT
             )
         );
         assert_eq!(nat(&bypass_virtuals), (both.to_vec(), with_dns));
-        assert_eq!(tables(&no_dns), [Table::Mangle, Table::Nat]);
-        assert!(!plan(&no_dns).iter().any(|rule| rule.table() == Table::Raw));
+        assert_eq!(tables(Family::V4, &no_dns), [Table::Mangle, Table::Nat]);
+        let planned = plan(Family::V4, &no_dns);
+        assert!(!planned.iter().any(|rule| rule.table() == Table::Raw));
         let text = restore(Family::V4, &virtuals);
         assert!(text.contains("-A ISTIO_PRERT -i a -p tcp -j REDIRECT --to-ports 15001\n-A ISTIO_PRERT -i a -p tcp -j RETURN\n"));
     }
@@ -350,15 +360,15 @@ COMMIT
 -A ISTIO_OUTPUT ! -d 127.0.0.1/32 -o lo -j ACCEPT
 -A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001
 COMMIT
-*raw
--D OUTPUT -j ISTIO_OUTPUT
--F ISTIO_OUTPUT
--X ISTIO_OUTPUT
-COMMIT
 *filter
 -D INPUT -j ISTIO_OLD
 -F ISTIO_OLD
 -X ISTIO_OLD
+COMMIT
+*raw
+-D OUTPUT -j ISTIO_OUTPUT
+-F ISTIO_OUTPUT
+-X ISTIO_OUTPUT
 COMMIT
 ";
         let text = replacement(&Saved::parse(HELD), Family::V4, &config);

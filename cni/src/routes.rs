@@ -35,7 +35,7 @@ pub fn ensure(family: Family) -> io::Result<bool> {
     if missing(family)?.is_none() {
         return Ok(true);
     }
-    let netlink = Netlink::open()?;
+    let netlink = Netlink::routing()?;
     if wants_route(family) {
         netlink.request(libc::RTM_NEWROUTE, REPLACE, &route(family))?;
     }
@@ -50,7 +50,7 @@ pub fn ensure(family: Family) -> io::Result<bool> {
 /// # Errors
 /// The kernel's error.
 pub fn missing(family: Family) -> io::Result<Option<&'static str>> {
-    let netlink = Netlink::open()?;
+    let netlink = Netlink::routing()?;
     let rules = netlink.list(libc::RTM_GETRULE, &rule(family)[..RULE_HEADER])?;
     if !rules.iter().any(|found| is_rule(found)) {
         return Ok(Some("routing rule"));
@@ -60,11 +60,11 @@ pub fn missing(family: Family) -> io::Result<Option<&'static str>> {
     Ok((!routed).then_some("route"))
 }
 
-/// Removes both; what is not there is no error.
+/// Removes both; what is not there is no error. Says whether anything was.
 ///
 /// # Errors
 /// The kernel's first error.
-pub fn remove(family: Family) -> io::Result<()> {
+pub fn remove(family: Family) -> io::Result<bool> {
     const ABSENT: [i32; 5] = [
         libc::ENOENT,
         libc::ESRCH,
@@ -72,20 +72,20 @@ pub fn remove(family: Family) -> io::Result<()> {
         libc::EAFNOSUPPORT,
         libc::EOPNOTSUPP,
     ];
-    let absent = |result: io::Result<()>| match result {
+    let present = |result: io::Result<()>| match result {
         Err(error)
             if error
                 .raw_os_error()
                 .is_some_and(|code| ABSENT.contains(&code)) =>
         {
-            Ok(())
+            Ok(false)
         }
-        result => result,
+        result => result.map(|()| true),
     };
-    let netlink = Netlink::open()?;
-    let rule = absent(netlink.request(libc::RTM_DELRULE, 0, &rule(family)));
-    let route = absent(netlink.request(libc::RTM_DELROUTE, 0, &route(family)));
-    rule.and(route)
+    let netlink = Netlink::routing()?;
+    let rule = present(netlink.request(libc::RTM_DELRULE, 0, &rule(family)));
+    let route = present(netlink.request(libc::RTM_DELROUTE, 0, &route(family)));
+    Ok(rule? | route?)
 }
 
 /// A loopback interface without IPv6 takes no IPv6 routes, and needs none.

@@ -36,13 +36,52 @@ impl fmt::Display for Family {
     }
 }
 
+/// What the rules are written in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    #[default]
+    Iptables,
+    Nftables,
+}
+
+impl Backend {
+    /// The one that this is not.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Iptables => Self::Nftables,
+            Self::Nftables => Self::Iptables,
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+        })
+    }
+}
+
+/// What becomes of a pod's IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ipv6Mode {
+    /// It goes to the proxy, as IPv4 does.
+    #[default]
+    Capture,
+    /// It is refused but for what stays within the pod, so that nothing goes past the proxy in clear.
+    Refuse,
+    /// It goes past the proxy.
+    Pass,
+}
+
 /// What is captured of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaptureConfig {
+    pub backend: Backend,
     /// Whether DNS queries go to the proxy.
     pub dns: bool,
-    /// Whether IPv6 is captured; without, IPv6 traffic passes by.
-    pub ipv6: bool,
+    pub ipv6: Ipv6Mode,
     /// Whether plaintext arrivals go straight to the application.
     pub bypass_inbound: bool,
     /// Interfaces whose arrivals are the egress of something inside the pod, such as a virtual machine.
@@ -57,8 +96,9 @@ pub struct CaptureConfig {
 impl Default for CaptureConfig {
     fn default() -> Self {
         Self {
+            backend: Backend::default(),
             dns: true,
-            ipv6: true,
+            ipv6: Ipv6Mode::default(),
             bypass_inbound: false,
             virtual_interfaces: Vec::new(),
             probe_v4: Ipv4Addr::new(169, 254, 7, 127),
@@ -73,15 +113,32 @@ impl Default for CaptureConfig {
 /// A netfilter table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Table {
+    Filter,
     Mangle,
     Nat,
     Raw,
 }
 
-/// Where packets are looked at: as they arrive, or as the pod sends them.
+impl Table {
+    /// All that may hold rules of ours.
+    pub const ALL: [Self; 4] = [Self::Filter, Self::Mangle, Self::Nat, Self::Raw];
+
+    /// The hooks at which we have a chain in this table.
+    pub fn hooks(self) -> &'static [Hook] {
+        match self {
+            Self::Filter => &[Hook::Forward, Hook::Input, Hook::Output],
+            Self::Mangle | Self::Nat | Self::Raw => &[Hook::Output, Hook::Prerouting],
+        }
+    }
+}
+
+/// Where packets are looked at: as they arrive, when they are for the pod or for something behind it, or as the pod
+/// sends them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
     Prerouting,
+    Input,
+    Forward,
     Output,
 }
 
@@ -116,7 +173,23 @@ pub enum Rule {
     ZoneProxyQueries,
     /// The answers to them too.
     ZoneAnswers,
+    /// What stays within the pod is not refused.
+    PassLoopback(Hook),
+    /// Nor is a type of ICMPv6 that neighbours need.
+    PassIcmp(Hook, u8),
+    /// Nor is the reset by which we refuse others.
+    PassReset,
+    /// A refused connection fails at once, so that clients go on to IPv4.
+    RefuseTcp(Hook),
+    /// The rest is refused in so many words.
+    Refuse(Hook),
 }
+
+/// Multicast listener queries; router and neighbour advertisements and the neighbours' own questions (RFC 4861, RFC
+/// 3810): without them an interface loses its addresses and neighbours.
+const ICMP_IN: [u8; 4] = [130, 134, 135, 136];
+/// Our side of the same; first the message by which we refuse (RFC 4443 §3.1).
+const ICMP_OUT: [u8; 7] = [1, 131, 132, 133, 135, 136, 143];
 
 impl Rule {
     /// The table of the rule.
@@ -125,6 +198,11 @@ impl Rule {
             Self::Jump(table, _) => *table,
             Self::RememberSpoofed | Self::RestoreSpoofed => Table::Mangle,
             Self::ZoneProxyQueries | Self::ZoneAnswers => Table::Raw,
+            Self::PassLoopback(_)
+            | Self::PassIcmp(..)
+            | Self::PassReset
+            | Self::RefuseTcp(_)
+            | Self::Refuse(_) => Table::Filter,
             _ => Table::Nat,
         }
     }
@@ -132,7 +210,11 @@ impl Rule {
     /// The hook whose chain holds the rule.
     pub fn hook(&self) -> Hook {
         match self {
-            Self::Jump(_, hook) => *hook,
+            Self::Jump(_, hook)
+            | Self::PassLoopback(hook)
+            | Self::PassIcmp(hook, _)
+            | Self::RefuseTcp(hook)
+            | Self::Refuse(hook) => *hook,
             Self::RememberSpoofed
             | Self::RedirectInterface(_)
             | Self::ReturnInterface(_)
@@ -144,17 +226,50 @@ impl Rule {
     }
 }
 
-/// The tables that hold rules.
-pub fn tables(config: &CaptureConfig) -> &'static [Table] {
-    if config.dns {
-        &[Table::Mangle, Table::Nat, Table::Raw]
-    } else {
-        &[Table::Mangle, Table::Nat]
+/// The tables that hold rules of a family.
+pub fn tables(family: Family, config: &CaptureConfig) -> &'static [Table] {
+    match (family, config.ipv6) {
+        (Family::V6, Ipv6Mode::Refuse) => &[Table::Filter],
+        (Family::V6, Ipv6Mode::Pass) => &[],
+        _ if config.dns => &[Table::Mangle, Table::Nat, Table::Raw],
+        _ => &[Table::Mangle, Table::Nat],
     }
 }
 
-/// All rules, in the order in which they are looked at within their chains; the same for both families.
-pub fn plan(config: &CaptureConfig) -> Vec<Rule> {
+/// All rules of a family, in the order in which they are looked at within their chains.
+pub fn plan(family: Family, config: &CaptureConfig) -> Vec<Rule> {
+    match (family, config.ipv6) {
+        (Family::V6, Ipv6Mode::Refuse) => refusal(),
+        (Family::V6, Ipv6Mode::Pass) => Vec::new(),
+        _ => redirection(config),
+    }
+}
+
+/// What refuses a family.
+fn refusal() -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for &hook in Table::Filter.hooks() {
+        rules.push(Rule::Jump(Table::Filter, hook));
+        // What is forwarded is neither loopback's nor a neighbour's.
+        if hook != Hook::Forward {
+            rules.push(Rule::PassLoopback(hook));
+        }
+        let icmp: &[u8] = match hook {
+            Hook::Input => &ICMP_IN,
+            Hook::Output => &ICMP_OUT,
+            Hook::Prerouting | Hook::Forward => &[],
+        };
+        rules.extend(icmp.iter().map(|kind| Rule::PassIcmp(hook, *kind)));
+        if hook == Hook::Output {
+            rules.push(Rule::PassReset);
+        }
+        rules.extend([Rule::RefuseTcp(hook), Rule::Refuse(hook)]);
+    }
+    rules
+}
+
+/// What brings a family to the proxy; the same for both.
+fn redirection(config: &CaptureConfig) -> Vec<Rule> {
     let mut rules = vec![
         Rule::Jump(Table::Mangle, Hook::Prerouting),
         Rule::Jump(Table::Mangle, Hook::Output),

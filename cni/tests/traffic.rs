@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use cni::rules::{DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PROXY_MARK};
-use cni::{CaptureConfig, capture, remove};
+use cni::{CaptureConfig, Ipv6Mode, capture, remove};
 use nix::sys::socket::sockopt;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -408,7 +408,7 @@ fn without_dns_capture_queries_reach_the_resolver() {
 #[test]
 fn without_ipv6_capture_only_ipv4_reaches_the_proxy() {
     let config = CaptureConfig {
-        ipv6: false,
+        ipv6: Ipv6Mode::Pass,
         ..CaptureConfig::default()
     };
     let Some(net) = Net::new("without_ipv6_capture_only_ipv4_reaches_the_proxy", &config) else {

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use cni::CaptureConfig;
+use cni::{CaptureConfig, Ipv6Mode};
 use serde_json::Value;
 
 /// Installs the rules that a pod's annotations ask for, or repairs them; those of IPv6 only where the lab has it.
@@ -32,7 +32,11 @@ fn config(pod: &Value, ipv6: bool) -> CaptureConfig {
     };
     let interfaces = annotation("istio.io/reroute-virtual-interfaces").unwrap_or_default();
     CaptureConfig {
-        ipv6,
+        ipv6: if ipv6 {
+            Ipv6Mode::Capture
+        } else {
+            Ipv6Mode::Pass
+        },
         dns: switch("ambient.istio.io/dns-capture").unwrap_or(true),
         bypass_inbound: switch("ambient.istio.io/bypass-inbound-capture").unwrap_or(false),
         virtual_interfaces: interfaces
