@@ -3,6 +3,7 @@
 pub mod capture;
 mod compare;
 pub mod eligibility;
+pub mod install;
 pub mod iptables;
 mod netlink;
 pub mod netns;
