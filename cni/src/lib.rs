@@ -13,6 +13,8 @@ pub mod render;
 mod routes;
 pub mod rules;
 pub mod saved;
+pub mod scan;
+pub mod selftest;
 pub mod zds;
 
 pub use capture::{CaptureError, Outcome, capture, remove, verify};

@@ -93,6 +93,13 @@ pub struct CaptureConfig {
     pub reconcile: bool,
 }
 
+impl CaptureConfig {
+    /// Whether IPv6 is brought to the proxy.
+    pub fn captures_ipv6(&self) -> bool {
+        self.ipv6 == Ipv6Mode::Capture
+    }
+}
+
 impl Default for CaptureConfig {
     fn default() -> Self {
         Self {

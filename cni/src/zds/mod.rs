@@ -5,5 +5,5 @@ pub mod server;
 pub mod transport;
 
 pub use messages::{Payload, WorkloadInfo};
-pub use server::ZdsServer;
+pub use server::{ZdsError, ZdsServer};
 pub use transport::{Connection, Listener, Packet, TransportError};

@@ -70,12 +70,23 @@ impl State {
     }
 }
 
-/// The pods of the node and the proxies that are told of them; clones share them.
+/// The pods of the node and the proxies that are told of them; clones share them. The default has no pods, and
+/// nobody who is told of them yet.
 #[derive(Clone)]
 pub struct ZdsServer {
     answer: Duration,
     state: Arc<Mutex<State>>,
     connected: Arc<watch::Sender<usize>>,
+}
+
+impl Default for ZdsServer {
+    fn default() -> Self {
+        Self {
+            answer: ANSWER,
+            state: Arc::default(),
+            connected: Arc::new(watch::Sender::new(0)),
+        }
+    }
 }
 
 impl ZdsServer {
@@ -84,17 +95,19 @@ impl ZdsServer {
     /// # Errors
     /// When the path cannot be bound.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        Self::bind_with(path, ANSWER)
+        let server = Self::default();
+        server.listen(path)?;
+        Ok(server)
     }
 
-    fn bind_with(path: &Path, answer: Duration) -> io::Result<Self> {
+    /// Listens at a path; proxies are served while the runtime lives. Pods that run already must be known by now: a
+    /// proxy lets go of those it is not told of.
+    ///
+    /// # Errors
+    /// When the path cannot be bound.
+    pub fn listen(&self, path: &Path) -> io::Result<()> {
         let listener = Listener::bind(path)?;
-        let server = Self {
-            answer,
-            state: Arc::default(),
-            connected: Arc::new(watch::Sender::new(0)),
-        };
-        let accepting = server.clone();
+        let accepting = self.clone();
         tokio::spawn(async move {
             loop {
                 match listener.accept().await {
@@ -104,7 +117,7 @@ impl ZdsServer {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         });
-        Ok(server)
+        Ok(())
     }
 
     /// How many proxies have seen every pod.
@@ -140,6 +153,12 @@ impl ZdsServer {
             }
         }
         result
+    }
+
+    /// Makes a pod known without telling those who are connected.
+    pub fn know(&self, uid: &str, info: WorkloadInfo, netns: OwnedFd) {
+        let pod = Some((info, Arc::new(netns)));
+        self.state().pods.insert(uid.to_string(), pod);
     }
 
     /// Makes a pod known whose namespace is not at hand: a proxy that serves it already is to go on.

@@ -49,6 +49,16 @@ impl Proxy {
     }
 }
 
+/// A server that waits less long for answers.
+fn impatient(path: &Path, answer: Duration) -> ZdsServer {
+    let server = ZdsServer {
+        answer,
+        ..ZdsServer::default()
+    };
+    server.listen(path).unwrap();
+    server
+}
+
 fn path(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("wrn-zds-{}-{name}.sock", std::process::id()))
 }
@@ -148,7 +158,7 @@ async fn the_descriptor_of_a_pod_is_passed_with_it_and_with_nothing_else() {
 #[tokio::test]
 async fn a_late_answer_is_never_taken_for_that_of_another_request() {
     let path = path("late");
-    let server = ZdsServer::bind_with(&path, Duration::from_millis(300)).unwrap();
+    let server = impatient(&path, Duration::from_millis(300));
     let (proxy, _) = Proxy::ready(&path).await;
     wait_for(&server, 1).await;
     let silent = server.add("x", info(), some_file()).await.unwrap_err();
@@ -253,7 +263,7 @@ async fn pods_are_added_to_the_newest_proxy_and_removed_from_all() {
 #[tokio::test]
 async fn when_the_newest_proxy_is_lost_the_older_one_serves_the_pod() {
     let path = path("fallback");
-    let server = ZdsServer::bind_with(&path, Duration::from_millis(600)).unwrap();
+    let server = impatient(&path, Duration::from_millis(600));
     let (old, _) = Proxy::ready(&path).await;
     let (new, _) = Proxy::ready(&path).await;
     wait_for(&server, 2).await;
