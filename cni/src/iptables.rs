@@ -129,12 +129,24 @@ impl Iptables {
     /// # Errors
     /// What iptables says against it.
     pub fn restore(&self, netns: BorrowedFd<'_>, text: &str) -> Result<(), IptablesError> {
+        self.restore_at(Place::Pod(netns), text)
+    }
+
+    /// The same for the node's own namespace.
+    ///
+    /// # Errors
+    /// What iptables says against it.
+    pub fn restore_host(&self, netns: BorrowedFd<'_>, text: &str) -> Result<(), IptablesError> {
+        self.restore_at(Place::Host(netns), text)
+    }
+
+    fn restore_at(&self, place: Place<'_>, text: &str) -> Result<(), IptablesError> {
         let wait: &[&str] = if self.lock {
             &["--noflush", "--wait=30"]
         } else {
             &["--noflush"]
         };
-        match self.run(Place::Pod(netns), "-restore", wait, Some(text)) {
+        match self.run(place, "-restore", wait, Some(text)) {
             Err(IptablesError::Failed { program, message }) => {
                 Err(IptablesError::Refused { program, message })
             }
@@ -154,11 +166,56 @@ impl Iptables {
     ) -> Result<bool, IptablesError> {
         let mut arguments = vec!["-t", table, "-C"];
         arguments.extend(rule.split(' '));
-        match self.run(Place::Pod(netns), "", &arguments, None) {
-            Ok(_) => Ok(true),
-            Err(IptablesError::Failed { .. }) => Ok(false),
-            Err(error) => Err(error),
+        let found = self.run(Place::Pod(netns), "", &arguments, None);
+        Ok(unless_failed(found)?.is_some())
+    }
+
+    /// The same for the node's own namespace.
+    ///
+    /// # Errors
+    /// When the program cannot be run.
+    pub fn host_has(
+        &self,
+        netns: BorrowedFd<'_>,
+        table: &str,
+        rule: &str,
+    ) -> Result<bool, IptablesError> {
+        let mut arguments = self.waiting(table);
+        arguments.push("-C");
+        arguments.extend(rule.split(' '));
+        let found = self.run(Place::Host(netns), "", &arguments, None);
+        Ok(unless_failed(found)?.is_some())
+    }
+
+    /// The rules of a chain in the node's own namespace, as they are printed; none if there is no such chain.
+    ///
+    /// Only this chain is read, for others may hold tens of thousands of rules.
+    ///
+    /// # Errors
+    /// When the program cannot be run.
+    pub fn chain_of_host(
+        &self,
+        netns: BorrowedFd<'_>,
+        table: &str,
+        chain: &str,
+    ) -> Result<Option<Vec<String>>, IptablesError> {
+        let mut arguments = self.waiting(table);
+        arguments.extend(["-S", chain]);
+        let printed = unless_failed(self.run(Place::Host(netns), "", &arguments, None))?;
+        let rules = |text: String| {
+            let rules = text.lines().filter(|line| line.starts_with("-A "));
+            rules.map(str::to_string).collect()
+        };
+        Ok(printed.map(rules))
+    }
+
+    /// A command on a table; legacy iptables takes its lock even to read.
+    fn waiting<'a>(&self, table: &'a str) -> Vec<&'a str> {
+        let mut arguments = vec!["-t", table];
+        if self.lock {
+            arguments.push("--wait=30");
         }
+        arguments
     }
 
     fn run(
@@ -178,6 +235,15 @@ impl Iptables {
         }
         let message = complaint(&output);
         Err(IptablesError::Failed { program, message })
+    }
+}
+
+/// A program that says no is an answer too.
+fn unless_failed(result: Result<String, IptablesError>) -> Result<Option<String>, IptablesError> {
+    match result {
+        Ok(text) => Ok(Some(text)),
+        Err(IptablesError::Failed { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

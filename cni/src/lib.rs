@@ -1,8 +1,10 @@
 //! Capture: the rules in a pod's network namespace, and the protocol that hands pods to the proxy.
 
+pub mod backend;
 pub mod capture;
 mod compare;
 pub mod eligibility;
+pub mod host;
 pub mod install;
 pub mod iptables;
 mod netlink;

@@ -4,12 +4,11 @@ mod namespace;
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::process::Command;
 
 use cni::iptables::IptablesError;
 use cni::{CaptureConfig, CaptureError, Ipv6Mode, Outcome, capture, remove, verify};
 
-use namespace::Namespace;
+use namespace::{Namespace, again};
 
 fn variants() -> Vec<CaptureConfig> {
     let plain = CaptureConfig::default();
@@ -314,20 +313,6 @@ fn a_namespace_descriptor_tells_which_namespace_it_is() {
     assert_eq!(id(&by_path), id(&one));
 }
 
-/// Runs the other tests again in another process with other variables.
-fn again(variable: (&str, &str), tests: &[&str]) -> (bool, String) {
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(tests)
-        .args(["--nocapture", "--exact"])
-        .env(variable.0, variable.1)
-        .output()
-        .unwrap();
-    let ran = format!("test result: ok. {} passed", tests.len());
-    let passed = String::from_utf8_lossy(&output.stdout).contains(&ran);
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    (passed && output.status.success(), errors)
-}
-
 #[test]
 fn legacy_iptables_does_as_well() {
     let tests = [
@@ -337,11 +322,9 @@ fn legacy_iptables_does_as_well() {
         "a_failure_with_one_family_takes_the_other_back",
         "many_at_once_do_not_get_in_each_others_way",
     ];
-    let (passed, errors) = again(("FORCE_IPTABLES_BINARY", "legacy"), &tests);
-    for line in errors.lines().filter(|line| line.contains("SKIPPED")) {
-        eprintln!("{line}");
-    }
-    assert!(passed, "{errors}");
+    let exactly = [&["--exact"], &tests[..]].concat();
+    let passed = again(&[("FORCE_IPTABLES_BINARY", "legacy")], &exactly);
+    assert_eq!(passed, Ok(tests.len()));
 }
 
 #[test]
@@ -353,8 +336,7 @@ fn a_machine_without_iptables_is_told_what_to_do() {
     const INNER: &str = "WARREN_TEST_WITHOUT_IPTABLES";
     if std::env::var_os(INNER).is_none() {
         let test = "a_machine_without_iptables_is_told_what_to_do";
-        let (passed, errors) = again((INNER, "1"), &[test]);
-        return assert!(passed, "{errors}");
+        return assert_eq!(again(&[(INNER, "1")], &["--exact", test]), Ok(1));
     }
     // SAFETY: this process runs this test alone.
     unsafe { std::env::set_var("PATH", "/nonexistent") };

@@ -1,155 +1,22 @@
 //! Where traffic goes in captured namespaces: a pod joined to a peer, listeners in the proxy's and the application's place.
 
 mod namespace;
+#[path = "namespace/net.rs"]
+mod net;
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use cni::rules::{DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PROXY_MARK};
-use cni::{CaptureConfig, Ipv6Mode, capture, remove};
-use nix::sys::socket::sockopt;
-use socket2::{Domain, Protocol, Socket, Type};
+use cni::{CaptureConfig, Ipv6Mode, remove};
+use socket2::{Domain, Socket, Type};
 
-use namespace::Namespace;
-
-const PATIENCE: Duration = Duration::from_secs(5);
-
-const POD: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
-];
-const PEER: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2)),
-];
-const LOOPBACK: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::LOCALHOST),
-    IpAddr::V6(Ipv6Addr::LOCALHOST),
-];
-const PROBE: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"];
-
-/// A captured pod and a peer outside, who is also the node that probes the pod.
-struct Net {
-    pod: Namespace,
-    peer: Namespace,
-}
-
-impl Net {
-    fn new(test: &str, config: &CaptureConfig) -> Option<Self> {
-        let (pod, peer) = (Namespace::new(test)?, Namespace::new(test)?);
-        pod.shell(&format!(
-            "ip link add wrn0 type veth peer name wrn1; ip link set wrn1 netns {}; ip link set wrn0 up; \
-             ip addr add 192.0.2.1/24 dev wrn0; ip -6 addr add 2001:db8::1/64 dev wrn0 nodad",
-            peer.path()
-        ));
-        peer.shell(&format!(
-            "ip link set wrn1 up; ip addr add 192.0.2.2/24 dev wrn1; ip -6 addr add 2001:db8::2/64 dev wrn1 nodad; \
-             ip addr add {}/32 dev lo; ip -6 addr add {}/128 dev lo",
-            PROBE[0], PROBE[1]
-        ));
-        pod.shell("ip route add default via 192.0.2.2; ip -6 route add default via 2001:db8::2");
-        capture(pod.as_fd(), config).unwrap();
-        Some(Self { pod, peer })
-    }
-}
-
-/// A TCP socket in a namespace; what it cannot do in time fails.
-fn socket(namespace: &Namespace, of: IpAddr, mark: u32) -> Socket {
-    let socket = namespace.within(|| {
-        let socket = Socket::new(
-            Domain::for_address((of, 0).into()),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )?;
-        socket.set_mark(mark)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(socket)
-    });
-    socket.unwrap()
-}
-
-fn listen(namespace: &Namespace, port: u16) -> TcpListener {
-    let listener = namespace.within(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
-    let listener = listener.unwrap();
-    socket2::SockRef::from(&listener)
-        .set_read_timeout(Some(PATIENCE))
-        .unwrap();
-    listener
-}
-
-/// A TCP socket that speaks in the name of `source`.
-fn bound(
-    namespace: &Namespace,
-    source: Option<IpAddr>,
-    target: IpAddr,
-    mark: u32,
-) -> io::Result<Socket> {
-    let socket = socket(namespace, target, mark);
-    if let Some(source) = source {
-        // Whosever address it is: this is how the proxy speaks in a client's name.
-        nix::sys::socket::setsockopt(&socket, sockopt::IpTransparent, &true)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
-    }
-    Ok(socket)
-}
-
-fn connect_from(
-    namespace: &Namespace,
-    source: Option<IpAddr>,
-    target: (IpAddr, u16),
-    mark: u32,
-) -> io::Result<TcpStream> {
-    let socket = bound(namespace, source, target.0, mark)?;
-    socket.connect_timeout(&SocketAddr::from(target).into(), PATIENCE)?;
-    Ok(socket.into())
-}
-
-fn connect(namespace: &Namespace, target: (IpAddr, u16)) -> io::Result<TcpStream> {
-    connect_from(namespace, None, target, 0)
-}
-
-/// What a listener sees of its next connection: who comes, and to where it wanted.
-#[derive(Debug, PartialEq, Eq)]
-struct Seen {
-    from: IpAddr,
-    wanted: (IpAddr, u16),
-}
-
-/// Accepts a connection of `client`, checks that both ends can talk, and says where it was bound for.
-fn accept(listener: &TcpListener, mut client: TcpStream) -> Seen {
-    let (mut accepted, from) = listener.accept().unwrap();
-    let mut buffer = [0; 4];
-    client.write_all(b"ping").unwrap();
-    accepted.read_exact(&mut buffer).unwrap();
-    accepted.write_all(b"pong").unwrap();
-    client.read_exact(&mut buffer).unwrap();
-    assert_eq!(&buffer, b"pong");
-    let socket = socket2::SockRef::from(&accepted);
-    let original = if accepted.local_addr().unwrap().ip().to_canonical().is_ipv4() {
-        socket.original_dst_v4()
-    } else {
-        socket.original_dst_v6()
-    };
-    let wanted = match original {
-        Ok(address) => address.as_socket().unwrap(),
-        Err(_) => accepted.local_addr().unwrap(),
-    };
-    Seen {
-        from: from.ip().to_canonical(),
-        wanted: (wanted.ip().to_canonical(), wanted.port()),
-    }
-}
-
-fn both() -> [usize; 2] {
-    [0, 1]
-}
-
-fn probe(family: usize) -> IpAddr {
-    PROBE[family].parse().unwrap()
-}
+use namespace::{Namespace, again};
+use net::{
+    BACKEND, LOOPBACK, Net, PATIENCE, PEER, POD, Seen, accept, answerer, both, bound, connect,
+    connect_from, listen, probe, query,
+};
 
 #[test]
 fn what_the_pod_sends_out_reaches_the_proxy() {
@@ -303,35 +170,6 @@ fn what_comes_from_a_virtual_interface_is_the_pods_own_egress() {
     }
 }
 
-/// Sends a query and gives what comes back; `answers` answers it, wherever that is.
-fn query(net: &Net, target: (IpAddr, u16), mark: u32, answers: &UdpSocket) -> io::Result<String> {
-    let asker = net.pod.within(|| {
-        let unspecified = match target.0 {
-            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let asker = UdpSocket::bind((unspecified, 0))?;
-        socket2::SockRef::from(&asker).set_mark(mark)?;
-        asker.set_read_timeout(Some(PATIENCE))?;
-        // Only answers from where it asked are taken.
-        asker.connect(target)?;
-        asker.send(b"query")?;
-        Ok(asker)
-    })?;
-    answers.set_read_timeout(Some(Duration::from_millis(500)))?;
-    let mut buffer = [0; 16];
-    let (length, from) = answers.recv_from(&mut buffer)?;
-    assert_eq!(&buffer[..length], b"query");
-    answers.send_to(b"answer", from)?;
-    let length = asker.recv(&mut buffer)?;
-    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
-}
-
-fn answerer(namespace: &Namespace, address: IpAddr, port: u16) -> UdpSocket {
-    let socket = namespace.within(|| UdpSocket::bind((address, port)));
-    socket.unwrap()
-}
-
 #[test]
 fn dns_of_the_pod_reaches_the_proxy_and_that_of_the_proxy_the_resolver() {
     let test = "dns_of_the_pod_reaches_the_proxy_and_that_of_the_proxy_the_resolver";
@@ -452,10 +290,153 @@ fn repair_does_not_break_what_is_under_way() {
     let proxy = listen(&net.pod, OUTBOUND_PORT);
     let mut client = connect(&net.pod, (PEER[0], 80)).unwrap();
     let (mut accepted, _) = proxy.accept().unwrap();
-    net.pod.shell("$4 -t nat -D ISTIO_OUTPUT 1");
-    capture(net.pod.as_fd(), &CaptureConfig::default()).unwrap();
+    let damage =
+        "$4 -t nat -D ISTIO_OUTPUT 1 || nft flush chain inet istio-ambient-nat istio-output";
+    net.pod.shell(damage);
+    net.capture(&CaptureConfig::default());
     client.write_all(b"x").unwrap();
     accepted.read_exact(&mut [0]).unwrap();
     accepted.write_all(b"y").unwrap();
     client.read_exact(&mut [0]).unwrap();
+}
+
+/// What has IPv6 refused, and what of it stays.
+fn refusing() -> CaptureConfig {
+    CaptureConfig {
+        ipv6: Ipv6Mode::Refuse,
+        ..CaptureConfig::default()
+    }
+}
+
+#[test]
+fn refused_ipv6_fails_at_once_in_both_directions_while_ipv4_is_captured() {
+    let test = "refused_ipv6_fails_at_once_in_both_directions_while_ipv4_is_captured";
+    let Some(net) = Net::new(test, &refusing()) else {
+        return;
+    };
+    let proxy = listen(&net.pod, OUTBOUND_PORT);
+    let _others = [8080, HBONE_PORT, PLAINTEXT_PORT].map(|port| listen(&net.pod, port));
+    let _peer = listen(&net.peer, 80);
+    // An answer at all shows that neighbours still find each other.
+    net.pod.shell("ip -6 neigh flush dev wrn0");
+    net.peer.shell("ip -6 neigh flush dev wrn1");
+    for mark in [0, PROXY_MARK] {
+        let refused = connect_from(&net.pod, None, (PEER[1], 80), mark).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{mark:#x}");
+    }
+    for port in [8080, HBONE_PORT, PLAINTEXT_PORT, OUTBOUND_PORT] {
+        let refused = connect(&net.peer, (POD[1], port)).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{port}");
+    }
+    let client = connect(&net.pod, (PEER[0], 80)).unwrap();
+    assert_eq!(accept(&proxy, client).wanted, (PEER[0], 80));
+}
+
+#[test]
+fn refused_ipv6_that_is_not_tcp_is_told_so() {
+    let Some(net) = Net::new("refused_ipv6_that_is_not_tcp_is_told_so", &refusing()) else {
+        return;
+    };
+    let resolver = answerer(&net.peer, PEER[1], 53);
+    let refused = query(&net, (PEER[1], 53), 0, &resolver).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
+    let _application = answerer(&net.pod, POD[1], 5353);
+    let stranger = answerer(&net.peer, PEER[1], 5353);
+    stranger.connect((POD[1], 5353)).unwrap();
+    stranger.set_read_timeout(Some(PATIENCE)).unwrap();
+    stranger.send(b"query").unwrap();
+    let refused = stranger.recv(&mut [0; 8]).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
+}
+
+#[test]
+fn refused_ipv6_does_not_keep_a_pod_from_itself() {
+    let test = "refused_ipv6_does_not_keep_a_pod_from_itself";
+    let Some(net) = Net::new(test, &refusing()) else {
+        return;
+    };
+    let application = listen(&net.pod, 8080);
+    for own in [LOOPBACK[1], POD[1], "fd00::240".parse().unwrap()] {
+        let client = connect(&net.pod, (own, 8080)).unwrap();
+        assert_eq!(accept(&application, client).wanted, (own, 8080));
+    }
+}
+
+#[test]
+fn what_a_pod_forwards_of_refused_ipv6_is_refused_too() {
+    let test = "what_a_pod_forwards_of_refused_ipv6_is_refused_too";
+    let (Some(net), Some(inner)) = (Net::new(test, &refusing()), Namespace::new(test)) else {
+        return;
+    };
+    net.pod.shell(&format!(
+        "ip link add wrn2 type veth peer name wrn3; ip link set wrn3 netns {}; ip link set wrn2 up; \
+         ip -6 addr add 2001:db8:2::1/64 dev wrn2 nodad; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
+        inner.path()
+    ));
+    inner.shell(
+        "ip link set wrn3 up; ip -6 addr add 2001:db8:2::2/64 dev wrn3 nodad; \
+         ip -6 route add default via 2001:db8:2::1",
+    );
+    net.peer
+        .shell("ip -6 route add 2001:db8:2::/64 via 2001:db8::1");
+    let peer = listen(&net.peer, 80);
+    let refused = connect(&inner, (PEER[1], 80)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    // It was not for want of a way.
+    remove(net.pod.as_fd()).unwrap();
+    let client = connect(&inner, (PEER[1], 80)).unwrap();
+    assert_eq!(accept(&peer, client).wanted, (PEER[1], 80));
+}
+
+#[test]
+fn ipv6_let_past_is_not_even_captured_where_it_is_dns_or_of_a_virtual_interface() {
+    let test = "ipv6_let_past_is_not_even_captured_where_it_is_dns_or_of_a_virtual_interface";
+    let config = CaptureConfig {
+        ipv6: Ipv6Mode::Pass,
+        virtual_interfaces: vec!["wrn0".to_string()],
+        ..CaptureConfig::default()
+    };
+    let Some(net) = Net::new(test, &config) else {
+        return;
+    };
+    let resolver = answerer(&net.peer, PEER[1], 53);
+    let answer = query(&net, (PEER[1], 53), 0, &resolver);
+    assert_eq!(answer.unwrap(), "answer");
+    let application = listen(&net.pod, 8080);
+    let client = connect(&net.peer, (POD[1], 8080)).unwrap();
+    assert_eq!(accept(&application, client).wanted, (POD[1], 8080));
+}
+
+#[test]
+fn interfaces_are_told_by_the_beginning_of_their_name_too() {
+    let config = CaptureConfig {
+        virtual_interfaces: vec!["wr+".to_string()],
+        ..CaptureConfig::default()
+    };
+    let test = "interfaces_are_told_by_the_beginning_of_their_name_too";
+    let Some(net) = Net::new(test, &config) else {
+        return;
+    };
+    let proxy = listen(&net.pod, OUTBOUND_PORT);
+    net.peer.shell("ip route add 198.51.100.0/24 via 192.0.2.1");
+    let wanted = ("198.51.100.7".parse().unwrap(), 80);
+    let client = connect(&net.peer, wanted).unwrap();
+    assert_eq!(accept(&proxy, client).wanted, wanted);
+}
+
+/// Runs every other test of this file with other variables.
+fn all_again(variables: &[(&str, &str)]) {
+    let others = ["--skip", "does_as_well"];
+    let passed = again(variables, &others).unwrap_or_else(|errors| panic!("{errors}"));
+    assert!(passed > 10, "{passed}");
+}
+
+#[test]
+fn nftables_does_as_well() {
+    all_again(&[(BACKEND, "nftables")]);
+}
+
+#[test]
+fn legacy_iptables_does_as_well() {
+    all_again(&[("FORCE_IPTABLES_BINARY", "legacy")]);
 }

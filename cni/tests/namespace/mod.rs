@@ -6,9 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::Command;
 
 use cni::iptables::Iptables;
-use cni::netns::within;
+use cni::netns::{fresh, within};
 use cni::rules::Family;
-use nix::sched::{CloneFlags, unshare};
 
 /// A network namespace that lives as long as this does, with an address on its loopback that is not loopback.
 pub struct Namespace(File);
@@ -33,12 +32,7 @@ impl Namespace {
         for family in [Family::V4, Family::V6] {
             Iptables::detect(family).map_err(|error| error.to_string())?;
         }
-        let made = std::thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET)?;
-            File::open("/proc/thread-self/ns/net")
-        });
-        let namespace = made.join().unwrap().map_err(|error| error.to_string())?;
-        let namespace = Self(namespace);
+        let namespace = Self(fresh().map_err(|error| error.to_string())?);
         namespace.shell(
             "ip link set lo up; ip addr add 240.240.240.240/32 dev lo; ip -6 addr add fd00::240/128 dev lo",
         );
@@ -66,6 +60,19 @@ impl Namespace {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
+    /// Every rule of either backend and every route, with what tells a rule from one that was written anew. Numbers of
+    /// packets do not count.
+    #[allow(dead_code, reason = "not every test looks at rules")]
+    pub fn dump(&self) -> String {
+        let text = self.shell(
+            "$4-save; $6-save; nft -sa list ruleset; ip rule; ip -6 rule; \
+             ip route show table 100 2>/dev/null || true; ip -6 route show table 100 2>/dev/null || true",
+        );
+        let told = text.lines().filter(|line| !line.starts_with('#'));
+        let told = told.map(|line| line.split(" [").next().unwrap_or_default());
+        told.collect::<Vec<_>>().join("\n")
+    }
+
     /// Every rule and route, sorted; tables without rules stay behind once they were used and do not count.
     #[allow(dead_code, reason = "not every test looks at rules")]
     pub fn state(&self) -> Vec<String> {
@@ -89,5 +96,30 @@ impl Namespace {
 impl AsFd for Namespace {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Runs the tests of this program that match again in another process, with other variables; what it says if that
+/// goes wrong.
+#[allow(dead_code, reason = "not every test needs other variables")]
+pub fn again(variables: &[(&str, &str)], arguments: &[&str]) -> Result<usize, String> {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(arguments)
+        .arg("--nocapture")
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    let (told, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    for line in errors.lines().filter(|line| line.contains("SKIPPED")) {
+        let _ = writeln!(io::stderr(), "{line}");
+    }
+    let passed = told.split("test result: ok. ").nth(1);
+    let passed = passed.and_then(|rest| rest.split(' ').next()?.parse().ok());
+    match passed.filter(|_| output.status.success()) {
+        Some(passed) => Ok(passed),
+        None => Err(format!("{told}\n{errors}")),
     }
 }
