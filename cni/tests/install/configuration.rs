@@ -256,14 +256,19 @@ fn damaged_files_are_left_alone_and_reported() {
     node.config.conf_name = Some("10-calico.conflist".into());
     let error = refused(&node);
     assert!(matches!(&error, ConfigError::Damaged { .. }), "{error}");
+    node.conf("20-ours.conf", half);
     node.config.chained = false;
+    node.config.conf_name = Some("20-ours.conf".into());
     let error = InstallError::Config(refused(&node));
     assert_eq!(
         (error.result(), error.is_waiting()),
         ("CREATE_CNI_CONFIG_FAILURE", false)
     );
-    assert_eq!(node.text(LIST), half);
-    assert_eq!(node.names("net.d"), ["10-calico.conflist"]);
+    assert_eq!(
+        (node.text(LIST), node.text("net.d/20-ours.conf")),
+        (half.into(), half.into())
+    );
+    assert_eq!(node.names("net.d"), ["10-calico.conflist", "20-ours.conf"]);
 }
 
 #[test]
@@ -304,11 +309,36 @@ fn alone_the_plugin_has_a_file_of_its_own() {
 
 #[test]
 fn alone_the_plugin_does_not_take_the_networks_file() {
-    let mut node = Node::with_network("alone-foreign");
+    let mut node = Node::new("alone-foreign");
+    let single = r#"{"name":"n","type":"bridge"}"#;
+    node.conf("10-bridge.conf", single);
     node.config.chained = false;
-    node.config.conf_name = Some("10-calico.conflist".into());
+    node.config.conf_name = Some("10-bridge.conf".into());
     let error = refused(&node);
-    assert!(matches!(&error, ConfigError::Foreign { plugin, .. } if plugin == "calico"));
+    assert!(matches!(&error, ConfigError::Foreign { plugin, .. } if plugin == "bridge"));
+    assert_eq!(node.text("net.d/10-bridge.conf"), single);
+}
+
+#[test]
+fn names_that_no_runtime_would_read_are_refused() {
+    let mut node = Node::with_network("names");
+    for (chained, name) in [
+        (true, "10-calico.json"),
+        (true, "/etc/cni/net.d/10-calico.conflist"),
+        (false, "10-calico.conflist"),
+        (false, "../ours.conf"),
+    ] {
+        node.config.chained = chained;
+        node.config.conf_name = Some(name.into());
+        let error = InstallError::Config(refused(&node));
+        assert!(
+            error
+                .to_string()
+                .contains(&format!("CNI_CONF_NAME is {name:?}")),
+            "{error}"
+        );
+        assert!(!error.is_waiting());
+    }
     assert_eq!(node.text(LIST), CALICO);
 }
 
@@ -357,6 +387,6 @@ fn an_owned_file_must_sort_first_and_be_a_list() {
     assert!(matches!(error, ConfigError::NotFirst { .. }), "{error}");
     node.config.owned = Some("02-ours.conf".into());
     let error = refused(&node);
-    assert!(matches!(error, ConfigError::NoListName(_)), "{error}");
+    assert!(matches!(error, ConfigError::BadName { .. }), "{error}");
     assert_eq!(node.names("net.d"), ["10-calico.conflist"]);
 }
