@@ -52,8 +52,12 @@ pub enum ConfigError {
         first.display(), own.display()
     )]
     NotFirst { own: PathBuf, first: PathBuf },
-    #[error("{0} of ISTIO_OWNED_CNI_CONFIG_FILENAME must end in .conflist")]
-    NoListName(String),
+    #[error("{setting} is {name:?}, but must be the name of a file that ends in {ending}")]
+    BadName {
+        setting: &'static str,
+        name: String,
+        ending: &'static str,
+    },
     #[error("{} is written by somebody else all the time; trying again", .0.display())]
     Contended(PathBuf),
 }
@@ -170,17 +174,11 @@ pub(super) fn uninstall(config: &InstallConfig) -> Vec<ConfigError> {
         Err(error) => return vec![error.into()],
     };
     let own = config.owned.as_ref().map(|name| config.conf_dir.join(name));
-    let names_us = |damaged: &Damaged| {
-        let content = std::fs::read(&damaged.path).unwrap_or_default();
-        content
-            .windows(PLUGIN.len())
-            .any(|part| part == PLUGIN.as_bytes())
-    };
     let mut errors: Vec<ConfigError> = Vec::new();
     for damaged in all.damaged {
         if own.as_ref() == Some(&damaged.path) {
             errors.extend(replacement::remove(&damaged.path).err().map(Into::into));
-        } else if names_us(&damaged) {
+        } else if damaged.mentions(PLUGIN) {
             errors.push(damaged.into());
         }
     }
@@ -256,8 +254,12 @@ fn chained(config: &InstallConfig) -> Result<Plan, ConfigError> {
 /// A copy of the cluster's network with our entry, in a file that is ours and sorts first.
 fn owned(config: &InstallConfig, name: &str) -> Result<Plan, ConfigError> {
     let own = config.conf_dir.join(name);
-    if is_list(&own) != Some(true) {
-        return Err(ConfigError::NoListName(name.to_string()));
+    if is_list(&own) != Some(true) || name.contains('/') {
+        return Err(ConfigError::BadName {
+            setting: "ISTIO_OWNED_CNI_CONFIG_FILENAME",
+            name: name.to_string(),
+            ending: ".conflist",
+        });
     }
     let mut all = ConfFolder::read(&config.conf_dir)?;
     let place = all.files.iter().position(|file| file.path == own);
@@ -297,13 +299,10 @@ fn standalone(config: &InstallConfig) -> Result<Plan, ConfigError> {
     }
     let name = config.conf_name.as_deref().unwrap_or(STANDALONE);
     let path = config.conf_dir.join(name);
-    let content = replacement::read(&path)?;
-    let parsed = content.map(|content| Network::parse(&content, is_list(&path) == Some(true)));
-    let current = match parsed {
-        None => None,
-        Some(Ok(network)) => Some(network),
-        Some(Err(problem)) => return Err(ConfigError::Damaged { path, problem }),
-    };
+    if is_list(&path) != Some(false) || name.contains('/') {
+        return Err(bad_conf_name(name, ".conf"));
+    }
+    let current = read(&path)?.map(|file| file.network);
     let foreign = current.as_ref().map(Network::foreign_types);
     if let Some(plugin) = foreign.and_then(|types| types.first().map(ToString::to_string)) {
         return Err(ConfigError::Foreign { path, plugin });
@@ -339,6 +338,9 @@ fn primary<'a>(
         };
     };
     let path = config.conf_dir.join(name);
+    if is_list(&path).is_none() || name.contains('/') {
+        return Err(bad_conf_name(name, ".conf or .conflist"));
+    }
     let twin = path.with_extension(if is_list(&path) == Some(true) {
         "conf"
     } else {
@@ -370,6 +372,14 @@ fn primary<'a>(
         return Ok((file, warnings));
     }
     Err(ConfigError::NotThere(path))
+}
+
+fn bad_conf_name(name: &str, ending: &'static str) -> ConfigError {
+    ConfigError::BadName {
+        setting: "CNI_CONF_NAME",
+        name: name.to_string(),
+        ending,
+    }
 }
 
 impl From<Damaged> for ConfigError {

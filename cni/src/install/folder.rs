@@ -92,6 +92,17 @@ impl ConfFile {
     }
 }
 
+impl Damaged {
+    /// Whether a word stands in the file, as far as it is worth reading.
+    pub fn mentions(&self, word: &str) -> bool {
+        let mut content = Vec::new();
+        let file = fs::File::open(&self.path);
+        let read = file.and_then(|file| file.take(LARGEST).read_to_end(&mut content));
+        let mut parts = content.windows(word.len());
+        read.is_ok() && parts.any(|part| part == word.as_bytes())
+    }
+}
+
 /// Whether a file of this name holds a list of plugins or one; `None` if it is no configuration.
 pub(super) fn is_list(path: &Path) -> Option<bool> {
     match path.extension()?.to_str()? {

@@ -189,6 +189,14 @@ impl Pace {
     }
 }
 
+/// Who may be undoing the installation.
+fn culprit(drift: &Drift) -> &'static str {
+    match drift.to_string().contains("cilium") {
+        true => "Cilium does so unless it is installed with cni.exclusive=false",
+        false => "look for another program that manages the node's CNI files",
+    }
+}
+
 /// What operators read; what was said and still holds is not said again.
 #[derive(Default)]
 struct Log {
@@ -206,11 +214,7 @@ impl Log {
     fn drifted(&mut self, drift: &Drift, quarrel: bool) {
         tracing::warn!("{drift}; putting it right");
         if quarrel && !self.quarrel {
-            let text = drift.to_string();
-            let hint = match text.contains("cilium") {
-                true => "Cilium does so unless it is installed with cni.exclusive=false",
-                false => "look for another program that manages the node's CNI files",
-            };
+            let hint = culprit(drift);
             tracing::warn!("something keeps undoing the installation of the CNI plugin: {hint}");
         }
         self.quarrel = quarrel;
@@ -256,6 +260,15 @@ mod tests {
         }
         let later = start + Duration::from_secs(60);
         assert_eq!(pace.repair(later), (Duration::ZERO, false));
+    }
+
+    #[test]
+    fn cilium_is_known_by_its_files() {
+        let missing = |name: &str| Drift::EntryMissing(name.into());
+        let hint = culprit(&missing("/etc/cni/net.d/05-cilium.conflist"));
+        assert!(hint.contains("cni.exclusive=false"), "{hint}");
+        let hint = culprit(&missing("/etc/cni/net.d/10-calico.conflist"));
+        assert!(!hint.contains("Cilium"), "{hint}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 pub use configuration::ConfigError;
-pub use entry::{INCUMBENT, PLUGIN, PluginEntry};
+pub use entry::{PLUGIN, PluginEntry};
 pub use guard::Status;
 pub use kubeconfig::{KubeconfigConfig, KubeconfigError, Trust, server_url};
 pub use replacement::FileError;
