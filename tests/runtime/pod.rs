@@ -174,6 +174,10 @@ impl Pod<'_> {
         &self.metadata().name
     }
 
+    pub fn namespace(&self) -> &str {
+        &self.metadata().namespace
+    }
+
     pub fn uid(&self) -> &str {
         &self.metadata().uid
     }

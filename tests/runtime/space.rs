@@ -71,6 +71,11 @@ impl Space {
         Path::new(&format!("/proc/{}/root", self.first)).join(inside)
     }
 
+    /// The network namespace.
+    pub fn netns(&self) -> File {
+        self.namespace("net").unwrap()
+    }
+
     fn namespace(&self, kind: &str) -> io::Result<File> {
         File::open(format!("/proc/{}/ns/{kind}", self.first))
     }
