@@ -40,7 +40,7 @@ demo: packages ## two nodes, the sample application, a policy, on this machine
 	$(CARGO) build --release --bin warren
 	"$${CARGO_TARGET_DIR:-target}"/release/warren lab demo
 
-test: APT_PACKAGES += python3 python3-pip
+test: APT_PACKAGES += python3 python3-pip containerd runc containernetworking-plugins busybox-static nftables ipset
 test: packages envoy python ## every test
 	WARREN_ENVOY=$$(ls $(ENVOY) 2>/dev/null) WARREN_PYTHON_PEER=$$(dirname $$(ls -d $(PYTHON_PEER)/h2 2>/dev/null) 2>/dev/null) $(CARGO) test --workspace --no-fail-fast
 

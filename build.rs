@@ -1,7 +1,9 @@
-//! Compiles the protobuf schemas of the control plane and CA in pure Rust, and notes what the build is made of.
+//! Compiles the protobuf schemas of the control plane, the CA and the tests' container runtime in pure Rust, and notes what the build is made of.
 
 use std::path::Path;
 use std::process::Command;
+
+const RUNTIME: &str = "tests/runtime/cri.proto";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
@@ -14,6 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for file in files {
         println!("cargo::rerun-if-changed=src/proto/{file}");
     }
+    println!("cargo::rerun-if-changed={RUNTIME}");
     tell(
         "WARREN_RUST_VERSION",
         &std::env::var("RUSTC")?,
@@ -28,6 +31,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .btree_map(".")
         .compile_fds(descriptors)?;
+    // A kubelet's interface to the container runtime: the tests play kubelet.
+    let runtime = protox::compile([RUNTIME], ["tests/runtime"])?;
+    tonic_prost_build::configure()
+        .build_server(false)
+        .compile_fds(runtime)?;
     Ok(())
 }
 
