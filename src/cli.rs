@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{control, daemon, lab, version};
+use crate::{agent, control, daemon, lab, version};
 
 /// A node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
 #[derive(Parser)]
@@ -22,6 +22,8 @@ enum Role {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Capture the pods of a node and hand them to its proxy
+    NodeAgent(Box<agent::NodeAgentArgs>),
     /// Run a whole mesh on this machine
     Lab(lab::LabArgs),
     /// Serve a folder of Kubernetes manifests as a control plane with a CA
@@ -35,6 +37,7 @@ pub fn run() -> ExitCode {
     let result = match Arguments::parse().role {
         None => daemon::run(),
         Some(Role::Proxy { .. }) => daemon::run(),
+        Some(Role::NodeAgent(arguments)) => agent::main(*arguments),
         Some(Role::Lab(arguments)) => lab::run(arguments),
         Some(Role::Control(arguments)) => control::main(arguments),
         Some(Role::Version) => {

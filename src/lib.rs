@@ -1,6 +1,7 @@
 //! Warren: a node-level L4 zero-trust tunnel for Kubernetes ambient meshes.
 
 pub mod admin;
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod control;

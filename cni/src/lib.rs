@@ -4,6 +4,7 @@ pub mod backend;
 pub mod capture;
 mod compare;
 pub mod eligibility;
+pub mod event;
 pub mod host;
 pub mod install;
 pub mod iptables;

@@ -66,7 +66,8 @@ impl Request {
     }
 }
 
-fn unescape(text: &str) -> String {
+/// Undoes the escapes of a query (percent signs and plus signs).
+pub fn unescape(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut plain = Vec::with_capacity(bytes.len());
     let mut at = 0;

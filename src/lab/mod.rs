@@ -7,6 +7,7 @@
 
 mod addresses;
 mod agent;
+pub mod api;
 mod bench;
 mod capture;
 mod client;

@@ -80,7 +80,7 @@ impl Pods {
         let uid = format!("uid-{name}");
         self.agent.add(&uid, info, netns).await.unwrap();
         let config = CaptureConfig {
-            ipv6: false,
+            ipv6: cni::Ipv6Mode::Pass,
             ..CaptureConfig::default()
         };
         cni::capture(host.netns.as_fd(), &config).unwrap();

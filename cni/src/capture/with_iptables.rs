@@ -148,6 +148,6 @@ fn present(netns: BorrowedFd<'_>) -> Result<bool, CaptureError> {
     if tables.iter().any(|(family, _)| of_iptables(*family)) {
         return Ok(true);
     }
-    let named = |path: &&str| fs::read(path).is_ok_and(|names| !names.is_empty());
-    within(netns, || Ok(LEGACY.iter().any(|path| named(&path)))).map_err(CaptureError::Namespace)
+    let named = |path: &str| fs::read(path).is_ok_and(|names| !names.is_empty());
+    within(netns, || Ok(LEGACY.into_iter().any(named))).map_err(CaptureError::Namespace)
 }

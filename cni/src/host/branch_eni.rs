@@ -68,7 +68,7 @@ impl BranchRules {
             let Some(branch) = Branch::of(&netlink, ip)? else {
                 return Ok(None);
             };
-            let rules = [branch.to_pod(ip), branch.from_pod(ip)];
+            let rules = [branch.to_pod(ip), branch.out_of_pod(ip)];
             let is_new = put(&netlink, &rules[0])?;
             if let Err(error) = put(&netlink, &rules[1]) {
                 if is_new {
@@ -194,7 +194,7 @@ impl Branch {
     }
 
     /// `iif <interface> lookup local`, just before the rule that sends it to the branch.
-    fn from_pod(&self, ip: IpAddr) -> Vec<u8> {
+    fn out_of_pod(&self, ip: IpAddr) -> Vec<u8> {
         let mut rule = vec![family(ip), 0, 0, 0, 0, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
         let name = [self.interface.as_bytes(), &[0]].concat();
         attribute_bytes(&mut rule, FRA_IIFNAME, &name);

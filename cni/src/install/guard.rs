@@ -119,14 +119,7 @@ impl Installer {
             };
             tokio::select! {
                 () = &mut stop => return self,
-                () = async {
-                    tokio::select! {
-                        () = folders.changed() => {}
-                        () = renewed(&mut token) => {}
-                        () = sleep(longest) => {}
-                    }
-                    sleep(SETTLE).await;
-                } => {}
+                () = wake(&mut folders, &mut token, longest) => {}
             }
         }
     }
@@ -164,11 +157,20 @@ enum State {
     Ready,
 }
 
-/// Waits for the next token, for ever if there will be none.
-async fn renewed(token: &mut watch::Receiver<String>) {
-    if token.changed().await.is_err() {
-        std::future::pending().await
+/// Waits until it is time to check again.
+async fn wake(folders: &mut FolderWatch, token: &mut watch::Receiver<String>, longest: Duration) {
+    let renewed = async {
+        if token.changed().await.is_err() {
+            // There will be no other token.
+            std::future::pending().await
+        }
+    };
+    tokio::select! {
+        () = folders.changed() => {}
+        () = renewed => {}
+        () = sleep(longest) => {}
     }
+    sleep(SETTLE).await;
 }
 
 /// Tells quarrels with other programs from single mishaps.

@@ -136,8 +136,8 @@ fn an_entry_that_was_removed_moved_or_changed_is_noticed_and_put_right() {
     let node = Node::with_network("entry-drift");
     let mut installer = node.installed();
     let good = node.text(LIST);
-    type Damage = fn(&mut Vec<Value>);
-    let damages: [(Damage, fn(&Drift) -> bool); 6] = [
+    type Damage = (fn(&mut Vec<Value>), fn(&Drift) -> bool);
+    let damages: [Damage; 6] = [
         (
             |plugins| plugins.truncate(2),
             |drift| matches!(drift, Drift::EntryMissing(_)),

@@ -190,7 +190,7 @@ fn the_kubeconfig_follows_the_token_the_certificates_and_whoever_touches_it() {
         assert!(matches!(drift, Drift::Kubeconfig(_)), "{drift}");
     };
     let written = installer.install("second-token\n").unwrap().written;
-    assert_eq!(written, [path.clone()]);
+    assert_eq!(written, std::slice::from_ref(&path));
     assert!(
         node.text("run/istio-cni-kubeconfig")
             .ends_with("token: second-token\n")
