@@ -5,6 +5,7 @@
 //! | `POST /cmdadd` | [`AddRequest`] | 200 when the pod is captured; 400, 500 with the reason as text |
 //! | `POST /cmdcheck` | [`AddRequest`] | 200 when the pod is captured or not enrolled; 400, 500 as above |
 //! | `POST /decide` | [`PodName`] | 200 with a [`Decision`]; 404 when the agent cannot tell |
+//! | `POST /note` | [`AddRequest`] | 200 when the place of the pod's namespace is noted; 404, 500 with the reason |
 //! | `POST /log`, on the other socket | an array of strings, each a JSON record | 200 |
 
 use std::net::IpAddr;
@@ -25,6 +26,7 @@ pub const KUBECONFIG: &str = "istio-cni-kubeconfig";
 pub const ADD_PATH: &str = "/cmdadd";
 pub const CHECK_PATH: &str = "/cmdcheck";
 pub const DECIDE_PATH: &str = "/decide";
+pub const NOTE_PATH: &str = "/note";
 pub const LOG_PATH: &str = "/log";
 
 /// Why a body is not understood.

@@ -11,6 +11,7 @@ pub mod iptables;
 mod netlink;
 pub mod netns;
 pub mod nftables;
+pub mod plugin;
 mod program;
 pub mod render;
 mod routes;

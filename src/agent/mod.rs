@@ -169,8 +169,8 @@ async fn capture(
         reported: Default::default(),
     });
     let _ = health.enroller.set(enroller.clone());
-    let events = sockets::bind(&run_dir.join(sockets::EVENTS))?;
-    let log = sockets::bind(&run_dir.join(sockets::LOG))?;
+    let events = sockets::bind(&run_dir.join(cni::event::EVENT_SOCKET))?;
+    let log = sockets::bind(&run_dir.join(cni::event::LOG_SOCKET))?;
     let on_node =
         watcher::Config::default().fields(&format!("spec.nodeName={}", arguments.node_name));
     let pods = watcher(Api::<Pod>::all(client.clone()), on_node);
@@ -374,6 +374,7 @@ fn install_config(settings: &Settings) -> anyhow::Result<InstallConfig> {
             enablement_selectors: settings.selectors.clone(),
             exclude_namespaces: settings.excluded.clone(),
             pod_namespace: a.pod_namespace.clone(),
+            agent_pod_prefix: format!("{}-", a.daemonset_name),
             native_nftables: settings.native_nftables,
             enable_ambient_detection_retry: settings.plugin_retries,
         },

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cni::event::{AddRequest, Decision, PodName};
+use cni::event::{self, AddRequest, Decision, PodName};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
@@ -22,10 +22,6 @@ use tokio::time::timeout;
 use super::cluster::{Outside, PodFacts};
 use super::enroller::{Enroller, Given};
 
-/// Where the plugin tells of pods, in the agent's folder.
-pub const EVENTS: &str = "pluginevent.sock";
-/// Where the plugin logs.
-pub const LOG: &str = "log.sock";
 /// How long a request's head and its body may take each.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The most that is read of a request, in bytes.
@@ -67,7 +63,7 @@ pub async fn serve_events(listener: UnixListener, enroller: Arc<Enroller>) {
     accept(listener, move |path, body| {
         let enroller = enroller.clone();
         async move {
-            let (status, text) = event(&enroller, &path, &body).await;
+            let (status, text) = told(&enroller, &path, &body).await;
             enroller.metrics.plugin_requests.count(status);
             (status, text)
         }
@@ -78,8 +74,8 @@ pub async fn serve_events(listener: UnixListener, enroller: Arc<Enroller>) {
 /// Takes in what the plugin logs, for ever.
 pub async fn serve_log(listener: UnixListener) {
     accept(listener, |path, body| async move {
-        if path != "/log" {
-            return (404, "there is only /log here".to_string());
+        if path != event::LOG_PATH {
+            return (404, format!("there is only {} here", event::LOG_PATH));
         }
         match serde_json::from_slice::<Vec<String>>(&body) {
             Ok(lines) => {
@@ -153,21 +149,21 @@ where
     }
 }
 
-async fn event(enroller: &Enroller, path: &str, body: &[u8]) -> Answer {
+async fn told(enroller: &Enroller, path: &str, body: &[u8]) -> Answer {
     match path {
-        "/cmdadd" => match AddRequest::from_json(body) {
+        event::ADD_PATH => match AddRequest::from_json(body) {
             Ok(request) => add(enroller, request).await,
             Err(error) => (400, format!("the request cannot be understood: {error}")),
         },
-        "/cmdcheck" => match AddRequest::from_json(body) {
+        event::CHECK_PATH => match AddRequest::from_json(body) {
             Ok(request) => check(enroller, request).await,
             Err(error) => (400, format!("the request cannot be understood: {error}")),
         },
-        "/note" => match AddRequest::from_json(body) {
+        event::NOTE_PATH => match AddRequest::from_json(body) {
             Ok(request) => note(enroller, request).await,
             Err(error) => (400, format!("the request cannot be understood: {error}")),
         },
-        "/decide" => match serde_json::from_slice(body) {
+        event::DECIDE_PATH => match PodName::from_json(body) {
             Ok(pod) => decide(enroller, &pod),
             Err(error) => (400, format!("the request cannot be understood: {error}")),
         },
@@ -185,6 +181,10 @@ async fn add(enroller: &Enroller, request: AddRequest) -> Answer {
         };
         return (500, text);
     };
+    if admitted == Err(Outside::Proxy) {
+        // The plugin cannot tell, and nothing could ever start if the proxy did not.
+        return (200, String::new());
+    }
     if let Err(reason) = admitted {
         return (500, format!("pod {name} is not to be captured: {reason}"));
     }
@@ -270,10 +270,7 @@ fn decide(enroller: &Enroller, asked: &PodName) -> Answer {
             reason: reason.to_string(),
         },
     };
-    match serde_json::to_string(&decision) {
-        Ok(text) => (200, text),
-        Err(error) => (500, error.to_string()),
-    }
+    (200, decision.to_json())
 }
 
 /// A line of the plugin's log.

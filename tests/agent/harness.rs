@@ -226,6 +226,11 @@ impl Node {
     }
 
     pub fn without_agent(test: &str) -> Option<Self> {
+        Self::with_api(test, Options::default())
+    }
+
+    /// A node whose API server has these options.
+    pub fn with_api(test: &str, options: Options) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
             let _ = writeln!(std::io::stderr(), "SKIPPED {test}: it needs root");
             return None;
@@ -250,14 +255,7 @@ impl Node {
         let listener = listener.unwrap();
         let server = listener.local_addr().unwrap();
         listener.set_nonblocking(true).unwrap();
-        let api = ApiServer::new(Options::default());
-        let serving = api.clone();
-        runtime.spawn(async move {
-            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            let _ = serving
-                .serve(listener, None, std::future::pending::<()>())
-                .await;
-        });
+        let api = ApiServer::new(options);
         let node = Self {
             api,
             netns,
@@ -268,8 +266,47 @@ impl Node {
             pods: AtomicU32::new(1),
             env: Vec::new(),
         };
+        node.serve(listener, None);
         node.namespace("default", None);
         Some(node)
+    }
+
+    fn serve(&self, listener: TcpListener, tls: Option<Arc<rustls::ServerConfig>>) {
+        let serving = self.api.clone();
+        self.runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let _ = serving
+                .serve(listener, tls, std::future::pending::<()>())
+                .await;
+        });
+    }
+
+    /// Serves the API over TLS as well, and has the agent use that; gives the certificate to trust.
+    pub fn secure(&mut self) -> String {
+        let rcgen::CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed([self.server.ip().to_string()]).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .unwrap();
+        let listener = within(self.netns.0.as_fd(), || {
+            TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        });
+        let listener = listener.unwrap();
+        listener.set_nonblocking(true).unwrap();
+        self.server = listener.local_addr().unwrap();
+        self.serve(listener, Some(Arc::new(config)));
+        self.set("KUBERNETES_SERVICE_PROTOCOL", "https");
+        cert.pem()
+    }
+
+    /// Sets a variable of the agent.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_string(), value.to_string()));
     }
 
     /// Starts the agent and waits until it watches.

@@ -5,4 +5,5 @@ mod crash;
 mod end;
 mod harness;
 mod lifecycle;
+mod plugin;
 mod starting;

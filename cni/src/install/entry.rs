@@ -24,6 +24,8 @@ pub struct PluginEntry {
     pub exclude_namespaces: Vec<String>,
     /// The agent's own namespace, whose agent pods are let through.
     pub pod_namespace: String,
+    /// How the names of those pods begin.
+    pub agent_pod_prefix: String,
     pub native_nftables: bool,
     /// Whether a pod waits long for an API server that cannot be asked whether the pod is to be captured.
     pub enable_ambient_detection_retry: bool,
@@ -43,6 +45,7 @@ impl PluginEntry {
             "enablement_selectors": self.enablement_selectors,
             "exclude_namespaces": self.exclude_namespaces,
             "pod_namespace": self.pod_namespace,
+            "agent_pod_prefix": self.agent_pod_prefix,
             "native_nftables": self.native_nftables,
             "enable_ambient_detection_retry": self.enable_ambient_detection_retry,
         });

@@ -13,7 +13,8 @@ use tokio::time::{Instant, sleep};
 
 use super::replacement::is_unfinished;
 use super::watch::{Filter, FolderWatch};
-use super::{Drift, InstallError, Installed, Installer, kubeconfig};
+use super::{Drift, InstallError, Installed, Installer};
+use crate::event::KUBECONFIG;
 
 /// How long writers are given to finish.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -141,9 +142,7 @@ impl Installer {
         let run_dir = self.config.run_dir.clone();
         Arc::new(move |path: &Path| {
             let in_run_dir = path.parent() == Some(&run_dir);
-            let is_kubeconfig = path
-                .file_name()
-                .is_some_and(|name| name == kubeconfig::NAME);
+            let is_kubeconfig = path.file_name().is_some_and(|name| name == KUBECONFIG);
             !is_unfinished(path) && (!in_run_dir || is_kubeconfig)
         })
     }

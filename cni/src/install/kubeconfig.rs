@@ -8,9 +8,8 @@ use thiserror::Error;
 
 use super::replacement::{self, FileError};
 use super::{Drift, InstallConfig};
+use crate::event::KUBECONFIG;
 
-/// The file's name in the run folder.
-pub(super) const NAME: &str = "istio-cni-kubeconfig";
 const CLUSTER: &str = "local";
 const USER: &str = "istio-cni";
 const CONTEXT: &str = "istio-cni-context";
@@ -91,7 +90,7 @@ pub(super) fn ca_file(config: &InstallConfig) -> Option<PathBuf> {
 }
 
 fn path(config: &InstallConfig) -> PathBuf {
-    config.run_dir.join(NAME)
+    config.run_dir.join(KUBECONFIG)
 }
 
 fn is(path: &Path, wanted: &str, mode: u32) -> Result<bool, FileError> {

@@ -24,6 +24,7 @@ pub use guard::Status;
 pub use kubeconfig::{KubeconfigConfig, KubeconfigError, Trust, server_url};
 pub use replacement::FileError;
 
+use crate::event::KUBECONFIG;
 use configuration::Plan;
 
 /// What is installed and where.
@@ -163,7 +164,7 @@ impl Installer {
         self.sweep();
         let mut written = binaries::install(&self.config).map_err(InstallError::Binaries)?;
         if kubeconfig::install(&self.config, token).map_err(InstallError::Kubeconfig)? {
-            written.push(self.config.run_dir.join(kubeconfig::NAME));
+            written.push(self.config.run_dir.join(KUBECONFIG));
         }
         let (plan, changed) = configuration::install(&self.config).map_err(InstallError::Config)?;
         if changed {

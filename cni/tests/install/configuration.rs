@@ -29,6 +29,7 @@ fn entry(node: &Node) -> Value {
         ],
         "exclude_namespaces": ["kube-system"],
         "pod_namespace": "istio-system",
+        "agent_pod_prefix": "warren-node-agent-",
         "native_nftables": false,
         "enable_ambient_detection_retry": false,
     })

@@ -153,6 +153,7 @@ pub fn config(root: &Path) -> InstallConfig {
             enablement_selectors: Selectors::default(),
             exclude_namespaces: vec!["kube-system".into()],
             pod_namespace: "istio-system".into(),
+            agent_pod_prefix: "warren-node-agent-".into(),
             native_nftables: false,
             enable_ambient_detection_retry: false,
         },

@@ -49,6 +49,10 @@ impl Faults {
             .push((aim(method, path), status, times));
     }
 
+    pub fn recover(&self) {
+        self.state().failures.clear();
+    }
+
     pub fn hold(&self, method: &str, path: &str) -> Held {
         let (open, opened) = watch::channel(());
         let waiting = Arc::new(AtomicUsize::new(0));

@@ -173,6 +173,11 @@ impl ApiServer {
         self.0.faults.fail(method, path, status, times);
     }
 
+    /// Lets everything succeed again that [`Self::fail`] had fail.
+    pub fn recover(&self) {
+        self.0.faults.recover();
+    }
+
     /// Keeps requests of a method to paths that begin with `path` waiting.
     pub fn hold(&self, method: &str, path: &str) -> Held {
         self.0.faults.hold(method, path)
