@@ -37,7 +37,7 @@ packages: ## install (as root) or name the Debian packages that are missing
 	@command -v $(CARGO) >/dev/null || { echo "cargo is missing: install Rust 1.95 or newer (https://rustup.rs)" >&2; exit 1; }
 
 demo: packages ## two nodes, the sample application, a policy, on this machine
-	$(CARGO) build --release --bin warren
+	$(CARGO) build --release --workspace --bins
 	"$${CARGO_TARGET_DIR:-target}"/release/warren lab demo
 
 test: APT_PACKAGES += python3 python3-pip containerd runc containernetworking-plugins busybox-static nftables ipset
@@ -54,5 +54,5 @@ soak: packages ## ten minutes of mixed load, with checksums and a look for leaks
 bench: packages ## what carrying costs: a tunnel, the pure parts, and a whole mesh beside the bare network
 	$(CARGO) bench -p hbone
 	$(CARGO) bench --features internals --bench pure
-	$(CARGO) build --release --bin warren
+	$(CARGO) build --release --workspace --bins
 	"$${CARGO_TARGET_DIR:-target}"/release/warren lab bench

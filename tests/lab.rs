@@ -372,6 +372,37 @@ fn flows_go_on_after_the_proxies_were_killed() {
 }
 
 #[test]
+fn without_its_agent_a_node_starts_all_pods_but_those_of_the_mesh() {
+    let client = pod("default", "client", "[sleep, infinity]");
+    let text = format!("{NAMESPACES}{}{client}", ratings(1));
+    let Some(lab) = Lab::up(&text, &["--nodes", "1"]) else {
+        return;
+    };
+    lab.signal_agents("STOP");
+    let late = pod("default", "late", "[sleep, infinity]");
+    let plain = pod("outside", "plain", "[sleep, infinity]");
+    lab.apply(&format!("{late}{plain}"));
+    let told = |pod: &str, part: &str| {
+        let status = lab.status();
+        let mut lines = status.lines();
+        lines.any(|line| line.contains(&format!(" {pod} ")) && line.contains(part))
+    };
+    assert!(told(
+        "late",
+        "the node agent that captures it does not answer"
+    ));
+    assert_ne!(lab.exec("default", "late", "true").code, 0);
+    assert_eq!(lab.exec("outside", "plain", "true").code, 0);
+    let call = "curl -sS -m 5 http://ratings/ratings/0";
+    assert_eq!(lab.exec("default", "client", call).code, 0);
+    // Another takes its place.
+    lab.signal_agents("KILL");
+    eventually(Duration::from_secs(20), "the pod starts", || {
+        told("late", " yes ") && lab.exec("default", "late", call).code == 0
+    });
+}
+
+#[test]
 fn what_the_control_plane_refuses_is_told() {
     let text = format!("{NAMESPACES}{}", pod("outside", "p", "[sleep, infinity]"));
     let Some(lab) = Lab::up(&text, &["--nodes", "1"]) else {

@@ -12,6 +12,7 @@ use xxhash_rust::xxh64::xxh64;
 use super::family::{Addresses, Family, IpFamily};
 
 const CONTROL_PORT: u16 = 15012;
+const API_PORT: u16 = 6443;
 /// The most nodes of a lab.
 pub const MOST_NODES: u8 = 32;
 
@@ -87,6 +88,11 @@ pub fn on_network(address: IpAddr) -> IpNet {
 /// Where a lab's control plane listens.
 pub fn control_plane(lab: IpFamily) -> SocketAddr {
     SocketAddr::new(control(lab.first()), CONTROL_PORT)
+}
+
+/// Where the API server listens.
+pub fn api_server(lab: IpFamily) -> SocketAddr {
+    SocketAddr::new(control(lab.first()), API_PORT)
 }
 
 /// The control plane and the DNS server behind `dns`, on the bridge between the nodes.

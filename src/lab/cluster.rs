@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::addresses::PodNumbers;
-use super::agent::Agent;
 use super::family::{Addresses, IpFamily};
-use super::live::{self, LiveFolder};
+use super::live::{self, LiveObjects};
 use super::manifest::{Key, Object};
 use super::plan::{self, PodPlan};
 use super::pod::Pod;
 use super::process::{ProcessSpec, Supervised};
+use super::runtime::CniFolders;
 use super::service_rules::{self, ServicePort};
 use super::state::StateDir;
 use super::topology::Node;
@@ -22,6 +22,11 @@ use super::{dns::Zone, services};
 
 /// How long processes may take to end.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long a node's agent may take for a running pod that joins or leaves the mesh.
+const AGENT_PATIENCE: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(10);
+/// How many pods are added to the network at the same time.
+const AT_ONCE: usize = 8;
 
 /// Namespace and name.
 pub type PodKey = (String, String);
@@ -29,7 +34,8 @@ pub type PodKey = (String, String);
 /// A node with what runs on it.
 pub struct Machine {
     pub node: Node,
-    pub agent: Agent,
+    pub cni: CniFolders,
+    pub agent: Supervised,
     pub proxy: Supervised,
 }
 
@@ -44,7 +50,7 @@ pub struct Cluster {
     pub addresses: BTreeMap<String, Addresses>,
     pub families: IpFamily,
     dir: StateDir,
-    live: LiveFolder,
+    live: LiveObjects,
     zone: Zone,
     pod_numbers: PodNumbers,
     rules: Vec<ServicePort>,
@@ -57,7 +63,7 @@ pub struct Cluster {
 pub struct Parts {
     pub families: IpFamily,
     pub dir: StateDir,
-    pub live: LiveFolder,
+    pub live: LiveObjects,
     pub zone: Zone,
     pub machines: Vec<Machine>,
     pub control: Supervised,
@@ -188,20 +194,27 @@ impl Cluster {
             .map(|(key, _)| key.clone())
             .collect();
         self.stop_pods(&gone);
+        for plan in &plans {
+            self.live.kube.ensure_namespace(&plan.namespace);
+        }
+        let mut fresh = Vec::new();
         for plan in plans {
             let key = (plan.namespace.clone(), plan.name.clone());
             match self.pods.get_mut(&key) {
                 Some(pod) if pod.plan == plan => {}
                 Some(pod) => {
                     pod.plan = plan;
-                    self.settle_capture(&key);
                     self.write_pod(&key);
+                    self.settle_capture(&key);
                 }
-                None => self
-                    .start_pod(plan)
-                    .map_err(|reason| format!("pod {}/{}: {reason}", key.0, key.1))?,
+                None => {
+                    self.create_pod(plan)
+                        .map_err(|reason| format!("pod {}/{}: {reason}", key.0, key.1))?;
+                    fresh.push(key);
+                }
             }
         }
+        self.start_pods(&fresh);
         Ok(())
     }
 
@@ -214,7 +227,8 @@ impl Cluster {
         }
     }
 
-    fn start_pod(&mut self, plan: PodPlan) -> Result<(), String> {
+    /// Makes a pod's namespaces; nothing runs in them yet.
+    fn create_pod(&mut self, plan: PodPlan) -> Result<(), String> {
         let key = (plan.namespace.clone(), plan.name.clone());
         let index = self.node_of(&plan).ok_or("no such node")?;
         let number = self.pod_numbers.take(index).map_err(|e| e.to_string())?;
@@ -222,13 +236,47 @@ impl Cluster {
         let created = Pod::create(plan, &self.machines[index].node, number, &folder);
         let pod = created.map_err(|e| e.to_string())?;
         self.pods.insert(key.clone(), pod);
-        // The control plane has to know the pod before the node may ask for its certificate.
         self.write_pod(&key);
-        self.settle_capture(&key);
-        self.write_pod(&key);
-        let object = self.live_pod(&key).unwrap_or_default();
+        Ok(())
+    }
+
+    /// Adds pods to the network and starts what runs in them, as a kubelet does: what the network refuses does not run.
+    fn start_pods(&mut self, keys: &[PodKey]) {
+        for some in keys.chunks(AT_ONCE) {
+            let this = &*self;
+            let added: Vec<_> = std::thread::scope(|scope| {
+                let add = |key| scope.spawn(move || this.add_to_network(key));
+                let adding: Vec<_> = some.iter().map(add).collect();
+                let added = adding.into_iter().map(|thread| thread.join());
+                added
+                    .map(|added| added.unwrap_or_else(|_| Err("it panicked".to_owned())))
+                    .collect()
+            });
+            for (key, added) in some.iter().zip(added) {
+                let Some(pod) = self.pods.get_mut(key) else {
+                    continue;
+                };
+                pod.connected = added.is_ok();
+                if let Err(reason) = added.and_then(|()| self.run_pod(key))
+                    && let Some(pod) = self.pods.get_mut(key)
+                {
+                    pod.capture = Capture::Failed(reason);
+                }
+            }
+        }
+    }
+
+    fn add_to_network(&self, key: &PodKey) -> Result<(), String> {
+        let pod = self.pods.get(key).ok_or("no such pod")?;
+        let machine = &self.machines[pod.node];
+        machine.cni.add(&machine.node, pod)
+    }
+
+    fn run_pod(&mut self, key: &PodKey) -> Result<(), String> {
+        self.follow_capture(key);
+        let object = self.live_pod(key).unwrap_or_default();
         let (myself, changed) = (Weak::clone(&self.myself), key.clone());
-        let Some(pod) = self.pods.get_mut(&key) else {
+        let Some(pod) = self.pods.get_mut(key) else {
             return Ok(());
         };
         let notice = move || {
@@ -238,44 +286,64 @@ impl Cluster {
                 cluster.refresh_services();
             }
         };
-        pod.start(&object, &self.base, notice)
+        let kubelet = self.machines[pod.node].node.namespaces.clone();
+        pod.start(&object, &self.base, kubelet, notice)
             .map_err(|e| e.to_string())
     }
 
-    /// Captures or releases a pod as its plan says.
+    /// Waits until the node's agent has done to a running pod what its labels ask for.
     fn settle_capture(&mut self, key: &PodKey) {
-        let Some(pod) = self.pods.get_mut(key) else {
+        let Some(pod) = self.pods.get(key).filter(|pod| pod.connected) else {
             return;
         };
-        let agent = &self.machines[pod.node].agent;
-        let is_captured = pod.capture != Capture::Outside;
-        match (pod.plan.captured, is_captured) {
-            (true, false) => pod.capture = agent.enroll(pod),
-            (false, true) => {
-                pod.capture = match agent.release(pod, true) {
-                    Ok(()) => Capture::Outside,
-                    Err(reason) => Capture::Failed(reason),
-                }
-            }
-            _ => {}
+        let (captured, wanted) = (
+            || self.live.kube.is_captured(&key.0, &key.1),
+            pod.plan.captured,
+        );
+        let deadline = Instant::now() + AGENT_PATIENCE;
+        while captured() != wanted && Instant::now() < deadline {
+            std::thread::sleep(LOOK);
+        }
+        self.follow_capture(key);
+    }
+
+    /// Takes over what the node's agent says of a pod; says whether that is news.
+    fn follow_capture(&mut self, key: &PodKey) -> bool {
+        let Some(pod) = self.pods.get_mut(key) else {
+            return false;
+        };
+        let said = self.live.kube.redirection(&key.0, &key.1);
+        let now = match (pod.plan.captured, said.as_deref()) {
+            (true, Some("enabled")) => Capture::Captured,
+            (false, None) => Capture::Outside,
+            (true, _) => Capture::Failed(format!(
+                "see warren lab logs agent/{}",
+                self.machines[pod.node].node.name
+            )),
+            (false, Some(_)) => Capture::Failed("its rules are still being taken out".to_owned()),
+        };
+        let news = pod.capture != now;
+        pod.capture = now;
+        if news {
+            self.write_pod(key);
+        }
+        news
+    }
+
+    /// Takes over what the agents say of all running pods.
+    pub fn follow_captures(&mut self) {
+        let started = self.pods.iter().filter(|(_, pod)| pod.connected);
+        let keys: Vec<PodKey> = started.map(|(key, _)| key.clone()).collect();
+        for key in keys {
+            self.follow_capture(&key);
         }
     }
 
-    /// Tries again to capture the pods that could not be captured.
-    pub fn retry_captures(&mut self) {
-        let failed: Vec<PodKey> = self
-            .pods
-            .iter()
-            .filter(|(_, pod)| matches!(pod.capture, Capture::Failed(_)))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in failed {
-            if let Some(pod) = self.pods.get_mut(&key) {
-                pod.capture = Capture::Outside;
-            }
-            self.settle_capture(&key);
-            self.write_pod(&key);
-        }
+    /// Tries again to start the pods that the network refused.
+    pub fn retry_pods(&mut self) {
+        let waiting = self.pods.iter().filter(|(_, pod)| !pod.connected);
+        let keys: Vec<PodKey> = waiting.map(|(key, _)| key.clone()).collect();
+        self.start_pods(&keys);
     }
 
     fn stop_pods(&mut self, keys: &[PodKey]) {
@@ -291,9 +359,7 @@ impl Cluster {
             let _ = self.live.remove(&pod.plan.key());
             pod.wait_stopped(deadline);
             let machine = &self.machines[pod.node];
-            if pod.capture != Capture::Outside {
-                let _ = machine.agent.release(&pod, false);
-            }
+            let _ = machine.cni.remove(&machine.node, &pod);
             let _ = machine.node.remove_pod(pod.number);
             self.pod_numbers.give_back(pod.node, pod.number);
         }
@@ -306,8 +372,8 @@ impl Cluster {
             node: &node.name,
             node_addresses: &node.addresses,
             addresses: &pod.addresses,
+            connected: pod.connected,
             ready: pod.is_ready(),
-            enrolled: pod.capture == Capture::Captured,
             restarts: pod.restarts(),
         };
         Some(live::pod(&pod.plan, &status))
@@ -347,6 +413,9 @@ impl Cluster {
         streams: [std::process::Stdio; 3],
     ) -> Result<std::process::Child, String> {
         let pod = self.pods.get(key).ok_or("no such pod")?;
+        if let (false, Capture::Failed(reason)) = (pod.connected, &pod.capture) {
+            return Err(format!("the pod has not started: {reason}"));
+        }
         let object = self.live_pod(key).unwrap_or_default();
         pod.exec(command, &object, &self.base, streams)
             .map_err(|e| e.to_string())
@@ -377,14 +446,14 @@ impl Cluster {
         spec.spawn(stdin, stdout, stderr).map_err(|e| e.to_string())
     }
 
-    /// Ends every pod, then the proxies and the control plane.
+    /// Ends every pod, then the agents, the proxies and the control plane.
     pub fn shut_down(&mut self) {
         let keys: Vec<PodKey> = self.pods.keys().cloned().collect();
         self.stop_pods(&keys);
         let rest = self
             .machines
             .iter()
-            .map(|m| &m.proxy)
+            .flat_map(|m| [&m.agent, &m.proxy])
             .chain([&self.control]);
         rest.clone().for_each(Supervised::ask_to_stop);
         let deadline = Instant::now() + GRACE;

@@ -1,15 +1,19 @@
-//! The parts of a lab that are real Warren processes: the control plane and a proxy on every node.
+//! The parts of a lab that are real Warren processes: the control plane, and on every node a proxy and a node agent.
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context, bail};
+
 use super::addresses::control_plane;
 use super::family::IpFamily;
+use super::kube::{KubeApi, SYSTEM_NAMESPACE};
 use super::process::ProcessSpec;
+use super::runtime::CniFolders;
 use super::state::StateDir;
 use super::topology::Node;
 
 const THIS_PROGRAM: &str = "/proc/self/exe";
-const SYSTEM_NAMESPACE: &str = "istio-system";
+const PLUGIN: &str = "warren-cni";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Where the parts meet.
@@ -41,9 +45,63 @@ impl Files {
     }
 }
 
-/// The node agent's socket on a node.
-pub fn zds_socket(node: &Node) -> PathBuf {
+/// The socket on a node where its agent serves its proxy.
+fn zds_socket(node: &Node) -> PathBuf {
     node.folder.join("zds.sock")
+}
+
+/// Puts the CNI plugin into a folder of its own, for the agents to install it from.
+///
+/// # Errors
+/// When it is not beside this program.
+pub fn plugin_image(dir: &StateDir) -> anyhow::Result<PathBuf> {
+    let program = std::fs::read_link(THIS_PROGRAM)?;
+    let plugin = program.with_file_name(PLUGIN);
+    if !plugin.exists() {
+        bail!(
+            "{} is missing: it is built together with warren, by: cargo build --release --workspace",
+            plugin.display()
+        );
+    }
+    let image = dir.folder("image")?;
+    std::fs::copy(&plugin, image.join(PLUGIN))
+        .with_context(|| format!("cannot copy {}", plugin.display()))?;
+    Ok(image)
+}
+
+/// The agent of a node.
+pub fn node_agent(
+    node: &Node,
+    cni: &CniFolders,
+    image: &Path,
+    kube: &KubeApi,
+    families: IpFamily,
+) -> ProcessSpec {
+    let own = [
+        ("NODE_NAME", node.name.clone()),
+        ("POD_NAME", format!("warren-node-agent-{}", node.name)),
+        ("POD_NAMESPACE", SYSTEM_NAMESPACE.to_owned()),
+        ("HOST_ROOT", "/".to_owned()),
+        ("MOUNTED_CNI_NET_DIR", text(&cni.conf)),
+        ("MOUNTED_CNI_BIN_DIR", text(&cni.bin)),
+        ("CNI_BIN_SOURCE_DIR", text(image)),
+        ("CNI_AGENT_RUN_DIR", text(&node.folder.join("run"))),
+        ("ZTUNNEL_UDS_ADDRESS", text(&zds_socket(node))),
+        ("AMBIENT_IPV6", families.has_ipv6().to_string()),
+        // Where a lab has no IPv6 it is switched off in every namespace, and some kernels have no rules for it.
+        ("AMBIENT_IPV6_OFF", "pass".to_owned()),
+        ("RUST_LOG", "info".to_owned()),
+    ];
+    let mut env = base_environment();
+    let found = kube.environment().into_iter().chain(own);
+    env.extend(found.map(|(name, value)| (name.to_owned(), value)));
+    ProcessSpec {
+        command: [THIS_PROGRAM, "node-agent"].map(str::to_owned).to_vec(),
+        env,
+        directory: node.folder.clone(),
+        log: node.folder.join("agent.log"),
+        namespaces: Some(node.namespaces.clone()),
+    }
 }
 
 /// The control plane, on the bridge.
@@ -133,15 +191,20 @@ pub fn pod_environment(dir: &StateDir) -> std::io::Result<Vec<(String, String)>>
     Ok(environment)
 }
 
-fn base_environment() -> Vec<(String, String)> {
+/// Where every process looks for programs.
+pub fn search_path() -> String {
     let mut path = std::env::var("PATH").unwrap_or_default();
     for folder in DEFAULT_PATH.split(':') {
         if !path.split(':').any(|known| known == folder) {
             path = format!("{path}:{folder}");
         }
     }
+    path.trim_start_matches(':').to_owned()
+}
+
+fn base_environment() -> Vec<(String, String)> {
     vec![
-        ("PATH".into(), path.trim_start_matches(':').to_owned()),
+        ("PATH".into(), search_path()),
         ("HOME".into(), "/".into()),
         ("LANG".into(), "C.UTF-8".into()),
     ]

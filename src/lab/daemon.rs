@@ -3,27 +3,30 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 
 use super::cluster::{Cluster, Machine, Parts, lock};
 use super::components::{self, Files};
 use super::family::{Addresses, IpFamily};
-use super::live::{self, LiveFolder};
+use super::kube::KubeApi;
+use super::live::{self, LiveObjects};
 use super::manifest::{Key, Object};
 use super::progress::{Progress, step};
+use super::runtime::CniFolders;
 use super::state::StateDir;
 use super::topology::{self, Node};
-use super::{addresses, agent::Agent, dns::Zone, health, process::Supervised};
+use super::{addresses, dns::Zone, health, process::Supervised};
 use super::{server, service_rules, status};
 
 /// How long everything may take to become ready.
 const READY: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(50);
-/// How often pods that could not be captured are tried again.
+/// How often pods that the network refused are tried again.
 const RETRY: Duration = Duration::from_secs(2);
 const SETTINGS: &str = "settings.json";
 
@@ -83,7 +86,7 @@ fn up_and_down(dir: &StateDir) -> anyhow::Result<()> {
     wait_ready(dir, &cluster)?;
     Progress::Ready.tell();
     while let Err(RecvTimeoutError::Timeout) = asked_down.recv_timeout(RETRY) {
-        lock(&cluster).retry_captures();
+        lock(&cluster).retry_pods();
     }
     lock(&cluster).shut_down();
     std::fs::remove_dir_all(dir.path())?;
@@ -105,7 +108,9 @@ fn start(
         names.join(", "),
         topology::BRIDGE
     ));
-    let live = LiveFolder::new(files.live.clone(), dir.folder("scratch")?);
+    let image = components::plugin_image(dir)?;
+    let kube = KubeApi::start(dir, families, runtime)?;
+    let live = LiveObjects::new(files.live.clone(), dir.folder("scratch")?, kube.clone());
     for node in &nodes {
         service_rules::prepare(&node.namespaces, families)?;
         let key = Key::new("Node", "", &node.name);
@@ -126,7 +131,7 @@ fn start(
     }
     let machines: anyhow::Result<Vec<Machine>> = nodes
         .into_iter()
-        .map(|node| machine(node, &files, settings, runtime))
+        .map(|node| machine(node, &files, settings, &image, &kube))
         .collect();
     let machines = machines?;
     for machine in &machines {
@@ -134,10 +139,15 @@ fn start(
         let what = format!("the proxy of {}", machine.node.name);
         // It is ready when it has heard from the control plane and from the node agent.
         wait(dir, &log, &what, || health::proxy_is_ready(&machine.node))?;
+        let log = format!("nodes/{}/agent.log", machine.node.name);
+        let what = format!("the node agent of {}", machine.node.name);
+        wait(dir, &log, &what, || {
+            health::agent_is_ready(&machine.node) && machine.cni.is_chained()
+        })?;
     }
-    step("a proxy on every node");
+    step("a proxy and a node agent on every node, and the CNI plugin");
     let base = components::pod_environment(dir)?;
-    Ok(Cluster::new(Parts {
+    let cluster = Cluster::new(Parts {
         families,
         dir: dir.clone(),
         live,
@@ -145,21 +155,38 @@ fn start(
         machines,
         control,
         base,
-    }))
+    });
+    runtime.spawn(follow_agents(kube, Arc::downgrade(&cluster)));
+    Ok(cluster)
+}
+
+/// Takes over what the node agents write into the API, for as long as the lab is there.
+async fn follow_agents(kube: KubeApi, cluster: Weak<Mutex<Cluster>>) {
+    let mut changes = kube.server.changes();
+    while changes.changed().await.is_ok() {
+        let Some(cluster) = cluster.upgrade() else {
+            return;
+        };
+        let followed = spawn_blocking(move || lock(&cluster).follow_captures());
+        // Whatever went wrong there goes wrong for the next change, too.
+        let _ = followed.await;
+    }
 }
 
 fn machine(
     node: Node,
     files: &Files,
     settings: &Settings,
-    runtime: &tokio::runtime::Handle,
+    image: &Path,
+    kube: &KubeApi,
 ) -> anyhow::Result<Machine> {
-    let ipv6 = settings.families.has_ipv6();
-    let agent = Agent::start(&components::zds_socket(&node), ipv6, runtime)?;
-    let spec = components::proxy(&node, files, settings.families, &settings.proxy_env);
+    let cni = CniFolders::create(&node)?;
+    let agent = components::node_agent(&node, &cni, image, kube, settings.families);
+    let proxy = components::proxy(&node, files, settings.families, &settings.proxy_env);
     Ok(Machine {
-        proxy: Supervised::start(spec)?,
-        agent,
+        agent: Supervised::start(agent)?,
+        proxy: Supervised::start(proxy)?,
+        cni,
         node,
     })
 }

@@ -1,4 +1,4 @@
-//! Whether the control plane and the proxies are ready, and which pods a proxy has heard of.
+//! Whether the control plane, the proxies and the node agents are ready, and which pods a proxy has heard of.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Result, Write};
@@ -14,6 +14,7 @@ use super::topology::Node;
 const TIMEOUT: Duration = Duration::from_millis(500);
 const READINESS_PORT: u16 = 15021;
 const ADMIN_PORT: u16 = 15000;
+const AGENT_PORT: u16 = 8000;
 
 /// What a proxy knows of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +34,12 @@ pub fn proxy_is_ready(node: &Node) -> bool {
     let answer = node
         .namespaces
         .run(|| get(READINESS_PORT, "/healthz/ready"));
+    answer.is_ok_and(|(code, _)| code == 200)
+}
+
+/// Whether a node's agent has installed its plugin and watches pods.
+pub fn agent_is_ready(node: &Node) -> bool {
+    let answer = node.namespaces.run(|| get(AGENT_PORT, "/readyz"));
     answer.is_ok_and(|(code, _)| code == 200)
 }
 

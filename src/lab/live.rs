@@ -1,4 +1,5 @@
-//! The folder of objects as a cluster would show them, which the control plane reads.
+//! The objects as a cluster would show them: in a folder, which the control plane reads, and in the API server, which the
+//! node agents ask.
 
 use std::io::Result;
 use std::path::PathBuf;
@@ -6,24 +7,38 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::family::{Addresses, Family};
+use super::kube::{KubeApi, REDIRECTION};
 use super::manifest::{Key, Object};
 use super::plan::PodPlan;
 
-/// One file for each object, replaced as a whole.
-#[derive(Debug)]
-pub struct LiveFolder {
+/// One file and one object of the API for each object, replaced as a whole.
+pub struct LiveObjects {
     path: PathBuf,
     scratch: PathBuf,
+    pub kube: KubeApi,
 }
 
-impl LiveFolder {
+impl LiveObjects {
     /// `scratch` is on the same file system.
-    pub fn new(path: PathBuf, scratch: PathBuf) -> Self {
-        Self { path, scratch }
+    pub fn new(path: PathBuf, scratch: PathBuf, kube: KubeApi) -> Self {
+        Self {
+            path,
+            scratch,
+            kube,
+        }
     }
 
-    /// Writes an object; a reader sees the old one or the new one, never a part.
+    /// Writes an object; a reader sees the old one or the new one, never a part. What the node agent says of a pod stays.
     pub fn write(&self, key: &Key, object: &Value) -> Result<()> {
+        let keep = |before: &Value, object: &mut Value| {
+            let said = &before["metadata"]["annotations"][REDIRECTION];
+            if !said.is_null() {
+                object["metadata"]["annotations"][REDIRECTION] = said.clone();
+            }
+        };
+        // Kinds that the API does not have are the control plane's to complain of.
+        let stored = self.kube.server.put_keeping(object.clone(), keep);
+        let object = stored.as_ref().unwrap_or(object);
         let name = file_name(key);
         let scratch = self.scratch.join(&name);
         let text = serde_yaml_ng::to_string(object).map_err(std::io::Error::other)?;
@@ -33,6 +48,9 @@ impl LiveFolder {
 
     /// Removes an object; it is no error when it is not there.
     pub fn remove(&self, key: &Key) -> Result<()> {
+        self.kube
+            .server
+            .delete_kind(&key.kind, &key.namespace, &key.name);
         match std::fs::remove_file(self.path.join(file_name(key))) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
@@ -51,8 +69,8 @@ pub struct PodStatus<'a> {
     pub node: &'a str,
     pub node_addresses: &'a Addresses,
     pub addresses: &'a Addresses,
+    pub connected: bool,
     pub ready: bool,
-    pub enrolled: bool,
     pub restarts: u32,
 }
 
@@ -60,8 +78,13 @@ pub struct PodStatus<'a> {
 pub fn pod(plan: &PodPlan, status: &PodStatus) -> Value {
     let mut pod = plan.object.clone();
     pod["spec"]["nodeName"] = status.node.into();
-    if status.enrolled {
-        pod["metadata"]["annotations"]["ambient.istio.io/redirection"] = "enabled".into();
+    if !status.connected {
+        pod["status"] = json!({
+            "phase": "Pending",
+            "hostIP": status.node_addresses.first(),
+            "conditions": [{"type": "PodScheduled", "status": "True"}],
+        });
+        return pod;
     }
     let ready = if status.ready { "True" } else { "False" };
     let containers: Vec<Value> = plan
@@ -151,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_live_pod_says_where_it_runs_and_that_it_is_captured() {
+    fn a_live_pod_says_where_it_runs_and_that_it_is_ready() {
         let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, labels: {app: p}}\n\
                     spec: {containers: [{name: c, command: [x]}]}\n";
         let plan = plan::pods(manifest::parse("f", text).unwrap().iter()).unwrap();
@@ -159,8 +182,8 @@ mod tests {
             node: "node-1",
             node_addresses: &addresses(1),
             addresses: &addresses(9),
+            connected: true,
             ready: true,
-            enrolled: true,
             restarts: 0,
         };
         let live = pod(&plan[0], &status);
@@ -171,10 +194,14 @@ mod tests {
         assert_eq!(live["status"]["hostIPs"][1]["ip"], "fd42::1");
         assert_eq!(live["status"]["conditions"][3]["status"], "True");
         assert_eq!(live["metadata"]["labels"]["app"], "p");
-        assert_eq!(
-            live["metadata"]["annotations"]["ambient.istio.io/redirection"],
-            "enabled"
-        );
+        let waiting = PodStatus {
+            connected: false,
+            ..status
+        };
+        let live = pod(&plan[0], &waiting);
+        assert_eq!(live["spec"]["nodeName"], "node-1");
+        assert_eq!(live["status"]["phase"], "Pending");
+        assert!(live["status"]["podIP"].is_null());
     }
 
     #[test]

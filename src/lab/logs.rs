@@ -15,7 +15,7 @@ use super::wire::{PodStatus, Status};
 const STAMP: usize = 27;
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The log of `control`, `proxy/NODE`, `POD` or `deploy/NAME`.
+/// The log of `control`, `proxy/NODE`, `agent/NODE`, `POD` or `deploy/NAME`.
 ///
 /// # Errors
 /// When there is nothing of that name.
@@ -33,9 +33,9 @@ pub fn path(
     if name == "lab" {
         return Ok(dir.join("lab.log"));
     }
-    if let Some(node) = name.strip_prefix("proxy/") {
+    if let Some((part @ ("proxy" | "agent"), node)) = name.split_once('/') {
         if status.nodes.iter().any(|n| n.name == node) {
-            return Ok(dir.join(format!("nodes/{node}/proxy.log")));
+            return Ok(dir.join(format!("nodes/{node}/{part}.log")));
         }
         let nodes: Vec<&str> = status.nodes.iter().map(|n| n.name.as_str()).collect();
         bail!("there is no node {node}; there are: {}", nodes.join(", "));

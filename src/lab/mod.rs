@@ -1,15 +1,13 @@
 //! A whole mesh on one machine: nodes and pods as network namespaces, with the real parts in between.
 //!
 //! `up` starts a process in new namespaces (`sandbox`), which builds the network (`topology`), starts the
-//! control plane and the proxies (`components`), and keeps pods as the applied objects say (`cluster`). The
+//! control plane, the proxies and the node agents (`components`), and keeps pods as the applied objects say (`cluster`). The
 //! other commands speak to it over a socket (`client`, `server`). It is made for a laptop and for tests: images
 //! are not run.
 
 mod addresses;
-mod agent;
 pub mod api;
 mod bench;
-mod capture;
 mod client;
 mod cluster;
 mod commands;
@@ -20,6 +18,7 @@ mod demo;
 mod dns;
 mod family;
 mod health;
+mod kube;
 mod links;
 mod listen;
 mod live;
@@ -32,6 +31,7 @@ mod plan;
 mod pod;
 mod process;
 mod progress;
+mod runtime;
 mod samples;
 mod sandbox;
 mod say;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use cni::eligibility::{Candidate, MODE_LABEL, Map, Selectors};
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -9,7 +10,6 @@ use super::container::{Container, ContainerError};
 use super::manifest::{Key, Object};
 use super::names;
 
-const MODE_LABEL: &str = "istio.io/dataplane-mode";
 /// Kinds that would start pods in a cluster, but not here.
 const UNSUPPORTED_KINDS: [&str; 6] = [
     "StatefulSet",
@@ -166,17 +166,22 @@ fn pod(
     })
 }
 
-/// Whether the labels of a pod and of its namespace ask for capture.
+/// Whether a pod is enrolled, by the rule of the node agent.
 fn captured(pod: &Value, namespace_mode: Option<&str>) -> bool {
-    let metadata = &pod["metadata"];
-    if !metadata["annotations"]["sidecar.istio.io/status"].is_null() {
-        return false;
-    }
-    match metadata["labels"][MODE_LABEL].as_str() {
-        Some("ambient") => true,
-        Some("none") => false,
-        _ => namespace_mode == Some("ambient"),
-    }
+    let map = |name: &str| -> Map {
+        let entries = pod["metadata"][name].as_object().into_iter().flatten();
+        entries
+            .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
+            .collect()
+    };
+    let mode = namespace_mode.map(|mode| (MODE_LABEL.to_owned(), mode.to_owned()));
+    let candidate = Candidate {
+        labels: &map("labels"),
+        annotations: &map("annotations"),
+        host_network: false,
+        namespace_labels: &mode.into_iter().collect(),
+    };
+    Selectors::default().admit(candidate).is_ok()
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -35,6 +36,8 @@ pub struct Pod {
     pub number: PodNumber,
     pub addresses: Addresses,
     pub namespaces: Namespaces,
+    /// Whether the network has taken it; before, nothing runs in it and nobody knows its addresses.
+    pub connected: bool,
     pub capture: Capture,
     health: Arc<Health>,
     processes: Arc<Vec<Supervised>>,
@@ -69,6 +72,7 @@ impl Pod {
             number,
             addresses: node.pod_addresses(number),
             namespaces,
+            connected: false,
             capture: Capture::Outside,
             health: Arc::default(),
             processes: Arc::default(),
@@ -76,7 +80,19 @@ impl Pod {
         })
     }
 
-    /// Starts the containers; `changed` is called whenever the pod becomes ready, stops being so, or restarts.
+    /// The path of its network namespace, for the processes of the lab.
+    ///
+    /// # Errors
+    /// When there is no `/proc`.
+    pub fn netns_path(&self) -> std::io::Result<String> {
+        // In a container `/proc` may be an outer one, with other numbers.
+        let shown = std::fs::read_link("/proc/self")?;
+        let fd = self.namespaces.network().as_raw_fd();
+        Ok(format!("/proc/{}/fd/{fd}", shown.display()))
+    }
+
+    /// Starts the containers, and probes them from the node's network, which is `kubelet`'s; `changed` is called whenever the
+    /// pod becomes ready, stops being so, or restarts.
     ///
     /// # Errors
     /// When a thread cannot be made. A command that cannot be started is tried again, as its log says.
@@ -84,6 +100,7 @@ impl Pod {
         &mut self,
         object: &Value,
         base: &[(String, String)],
+        kubelet: Namespaces,
         changed: impl Fn() + Send + 'static,
     ) -> std::io::Result<()> {
         let mut processes = Vec::new();
@@ -92,7 +109,7 @@ impl Pod {
         }
         self.processes = Arc::new(processes);
         let watch = Watch {
-            namespaces: self.namespaces.clone(),
+            kubelet,
             address: self.addresses.first(),
             probes: self
                 .plan
@@ -184,7 +201,7 @@ fn environment(
 
 /// Everything the thread that probes a pod needs.
 struct Watch {
-    namespaces: Namespaces,
+    kubelet: Namespaces,
     address: IpAddr,
     /// One for each process.
     probes: Vec<Option<Probe>>,
@@ -198,7 +215,7 @@ impl Watch {
         while !self.health.stopped.load(Ordering::Relaxed) {
             let running = |p: &Supervised| p.state().group.is_some();
             let ready = self.processes.iter().all(running)
-                && self.namespaces.run(|| Ok(self.probe())).unwrap_or(false);
+                && self.kubelet.run(|| Ok(self.probe())).unwrap_or(false);
             let now: u32 = self.processes.iter().map(|p| p.state().restarts).sum();
             let before = self.health.ready.swap(ready, Ordering::Relaxed);
             if self.health.stopped.load(Ordering::Relaxed) {

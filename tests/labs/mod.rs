@@ -148,12 +148,19 @@ impl Lab {
         let program = match user {
             // The build folder may be closed to others.
             Some(_) => {
-                let copy = folder.join("warren");
+                let [copy, plugin] = ["warren", "warren-cni"].map(|name| folder.join(name));
+                let built_plugin = Path::new(&built).with_file_name("warren-cni");
                 // By another process: what a concurrent test starts would inherit the open copy for a moment, and
                 // the kernel runs no file that is open for writing.
-                let copied = Command::new("cp").args([&built, &copy]).status();
+                let copied = Command::new("cp")
+                    .arg(&built)
+                    .arg(built_plugin)
+                    .arg(&folder)
+                    .status();
                 assert!(copied.unwrap().success());
-                std::fs::set_permissions(&copy, PermissionsExt::from_mode(0o755)).unwrap();
+                for program in [&copy, &plugin] {
+                    std::fs::set_permissions(program, PermissionsExt::from_mode(0o755)).unwrap();
+                }
                 copy
             }
             None => built,
@@ -278,13 +285,23 @@ impl Lab {
 
     /// Ends every proxy of the lab by force.
     pub fn kill_proxies(&self) {
-        let is_proxy = |pid: &u32| {
+        self.send_to("KILL", &["proxy", "ztunnel"]);
+    }
+
+    /// Sends a signal to every node agent of the lab.
+    pub fn signal_agents(&self, signal: &str) {
+        self.send_to(signal, &["node-agent"]);
+    }
+
+    fn send_to(&self, signal: &str, arguments: &[&str]) {
+        let wanted = format!("\0{}\0", arguments.join("\0"));
+        let is_meant = |pid: &u32| {
             let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            text.ends_with(b"\0proxy\0ztunnel\0")
+            text.ends_with(wanted.as_bytes())
         };
-        let proxies: Vec<u32> = self.processes().into_iter().filter(is_proxy).collect();
-        assert!(!proxies.is_empty());
-        proxies.into_iter().for_each(|pid| send("KILL", pid));
+        let meant: Vec<u32> = self.processes().into_iter().filter(is_meant).collect();
+        assert!(!meant.is_empty());
+        meant.into_iter().for_each(|pid| send(signal, pid));
     }
 
     fn first_process(&self) -> u32 {

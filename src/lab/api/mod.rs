@@ -141,11 +141,42 @@ impl ApiServer {
         Some(stored)
     }
 
+    /// As [`Self::put`], but `keep` may bring into the new object what it wants of the one before.
+    pub fn put_keeping(
+        &self,
+        mut object: Value,
+        keep: impl FnOnce(&Value, &mut Value),
+    ) -> Option<Value> {
+        let resource = Resource::of(&object)?;
+        let text = |name: &str| object["metadata"][name].as_str().unwrap_or_default();
+        let key = store::key(resource, text("namespace"), text("name"));
+        let stored = self.change(|store| {
+            if let Some(before) = store.get(&key) {
+                keep(before, &mut object);
+            }
+            store.put(resource, object)
+        });
+        Some(stored)
+    }
+
+    /// The version of the last change, as it changes.
+    pub fn changes(&self) -> signal::Receiver<u64> {
+        self.0.changed.subscribe()
+    }
+
     /// Removes an object of the kind that `plural` names.
     pub fn delete(&self, plural: &str, namespace: &str, name: &str) -> Option<Value> {
         let resource = resources::RESOURCES
             .iter()
             .find(|known| known.plural == plural)?;
+        self.change(|store| store.delete(resource, &store::key(resource, namespace, name)))
+    }
+
+    /// Removes an object by its kind's name.
+    pub fn delete_kind(&self, kind: &str, namespace: &str, name: &str) -> Option<Value> {
+        let resource = resources::RESOURCES
+            .iter()
+            .find(|known| known.kind == kind)?;
         self.change(|store| store.delete(resource, &store::key(resource, namespace, name)))
     }
 
