@@ -4,9 +4,10 @@ mod namespace;
 #[path = "namespace/net.rs"]
 mod net;
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use cni::rules::{DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PROXY_MARK};
 use cni::{CaptureConfig, Ipv6Mode, remove};
@@ -14,9 +15,14 @@ use socket2::{Domain, Socket, Type};
 
 use namespace::{Namespace, again};
 use net::{
-    BACKEND, LOOPBACK, Net, PATIENCE, PEER, POD, Seen, accept, answerer, both, bound, connect,
-    connect_from, listen, probe, query,
+    BACKEND, Net, PATIENCE, PEER, POD, Seen, accept, both, bound, connect, connect_from, listen,
+    probe,
 };
+
+const LOOPBACK: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::LOCALHOST),
+    IpAddr::V6(Ipv6Addr::LOCALHOST),
+];
 
 #[test]
 fn what_the_pod_sends_out_reaches_the_proxy() {
@@ -168,6 +174,35 @@ fn what_comes_from_a_virtual_interface_is_the_pods_own_egress() {
         let client = connect(&net.peer, wanted).unwrap();
         assert_eq!(accept(&proxy, client), Seen { from, wanted });
     }
+}
+
+/// Sends a query and gives what comes back; `answers` answers it, wherever that is.
+fn query(net: &Net, target: (IpAddr, u16), mark: u32, answers: &UdpSocket) -> io::Result<String> {
+    let asker = net.pod.within(|| {
+        let unspecified = match target.0 {
+            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let asker = UdpSocket::bind((unspecified, 0))?;
+        socket2::SockRef::from(&asker).set_mark(mark)?;
+        asker.set_read_timeout(Some(PATIENCE))?;
+        // Only answers from where it asked are taken.
+        asker.connect(target)?;
+        asker.send(b"query")?;
+        Ok(asker)
+    })?;
+    answers.set_read_timeout(Some(Duration::from_millis(500)))?;
+    let mut buffer = [0; 16];
+    let (length, from) = answers.recv_from(&mut buffer)?;
+    assert_eq!(&buffer[..length], b"query");
+    answers.send_to(b"answer", from)?;
+    let length = asker.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+fn answerer(namespace: &Namespace, address: IpAddr, port: u16) -> UdpSocket {
+    let socket = namespace.within(|| UdpSocket::bind((address, port)));
+    socket.unwrap()
 }
 
 #[test]

@@ -1,0 +1,12 @@
+//! The rules of both backends: as they are written, as the kernel holds them, in pods and on the node.
+
+mod backend;
+mod golden;
+mod host;
+#[path = "../namespace/mod.rs"]
+mod namespace;
+#[path = "../namespace/net.rs"]
+mod net;
+mod pods;
+mod probes;
+mod variants;
