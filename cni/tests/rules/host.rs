@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 use cni::host::{Host, HostConfig, HostError};
 use cni::{Backend, CaptureConfig, Outcome};
 
-use super::namespace::{Namespace, again};
-
-pub const BACKENDS: [Backend; 2] = [Backend::Iptables, Backend::Nftables];
+use super::namespace::Namespace;
+use super::variants::BACKENDS;
 
 /// A folder that looks like the `/proc` of a node whose kubelet is root, and goes with this.
 pub struct Proc(PathBuf);
@@ -445,27 +444,4 @@ fn pods_behind_a_branch_interface_are_led_to_and_let_go_of() {
             host.remove_all().unwrap();
         }
     }
-}
-
-#[test]
-fn legacy_iptables_does_as_well_on_the_node() {
-    if Namespace::new("legacy_iptables_does_as_well_on_the_node").is_none() {
-        return;
-    }
-    let lock = std::env::temp_dir().join(format!("wrn-xtables-{}.lock", std::process::id()));
-    let tests = [
-        "host::the_host_rules_are_these",
-        "host::damage_to_the_node_is_named_and_repaired_and_what_is_held_stays",
-        "host::opening_again_keeps_what_is_held_and_changes_nothing",
-        "pods::every_variant_is_put_in_once_and_goes_whole_beside_the_rules_of_others",
-        "pods::a_pod_goes_from_each_backend_to_the_other_and_nothing_of_the_first_stays",
-        "probes::probes_come_from_the_probe_address_and_forwarded_traffic_is_captured",
-    ];
-    let variables = [
-        ("FORCE_IPTABLES_BINARY", "legacy"),
-        ("XTABLES_LOCKFILE", lock.to_str().unwrap()),
-    ];
-    let passed = again(&variables, &[&["--exact"], &tests[..]].concat());
-    let _ = std::fs::remove_file(lock);
-    assert_eq!(passed, Ok(tests.len()));
 }

@@ -1,24 +1,14 @@
-//! The rules of pods in real namespaces: put in once, left alone, repaired, exchanged, taken out.
+//! The rules of pods in real namespaces: put in once, left alone, exchanged, taken out.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 
-use cni::rules::Family;
 use cni::{
-    Backend, CaptureConfig, CaptureError, Ipv6Mode, Outcome, capture, nftables, remove, render,
-    verify,
+    Backend, CaptureConfig, CaptureError, Ipv6Mode, Outcome, capture, netns, remove, verify,
 };
 
-use super::namespace::{Namespace, again};
-use super::variants::variants;
-
-const BACKENDS: [Backend; 2] = [Backend::Iptables, Backend::Nftables];
-
-fn with(backend: Backend, config: &CaptureConfig) -> CaptureConfig {
-    CaptureConfig {
-        backend,
-        ..config.clone()
-    }
-}
+use super::namespace::Namespace;
+use super::variants::{BACKENDS, careful, variants, with};
 
 /// What others may have put into a pod.
 const OTHERS: &str = "$4 -A INPUT -p udp --dport 9 -j DROP; $6 -t mangle -A OUTPUT -p udp --dport 9 -j DROP; \
@@ -45,44 +35,68 @@ fn every_variant_is_put_in_once_and_goes_whole_beside_the_rules_of_others() {
             let Some(pod) = Namespace::new(test) else {
                 return;
             };
+            let name = format!("{backend} {name}");
             let config = with(backend, &config);
             pod.shell(OTHERS);
-            let others = of_others(&pod);
+            let others = (of_others(&pod), pod.rules());
             let first = capture(pod.as_fd(), &config).unwrap();
-            assert_eq!(first, Outcome::Applied, "{backend} {name}");
-            assert_eq!(verify(pod.as_fd(), &config).unwrap(), None);
-            let whole = pod.dump();
+            assert_eq!(first, Outcome::Applied, "{name}");
+            assert_eq!(verify(pod.as_fd(), &config).unwrap(), None, "{name}");
+            let (whole, rules) = (pod.dump(), pod.rules());
+            assert_ne!(rules, others.1, "{name}");
+            let routed = 1 + usize::from(config.ipv6 == Ipv6Mode::Capture);
+            assert_eq!(whole.matches("lookup 100").count(), routed, "{name}");
+            assert_eq!(whole.matches("local default dev lo").count(), routed);
             let second = capture(pod.as_fd(), &config).unwrap();
-            assert_eq!(second, Outcome::Unchanged, "{backend} {name}");
-            assert_eq!(pod.dump(), whole, "{backend} {name}");
+            assert_eq!(second, Outcome::Unchanged, "{name}");
+            assert_eq!(pod.dump(), whole, "{name}");
+            for _ in 0..2 {
+                remove(pod.as_fd()).unwrap();
+                assert_eq!((of_others(&pod), pod.rules()), others, "{name}");
+            }
+            let again = capture(pod.as_fd(), &careful(&config)).unwrap();
+            assert_eq!(again, Outcome::Applied, "{name}");
+            assert_eq!(pod.rules(), rules, "{name}");
+        }
+    }
+}
+
+fn each_variant_to_each_other(test: &str, backend: Backend) {
+    for (from_name, from) in variants() {
+        for (to_name, to) in variants() {
+            let Some(pod) = Namespace::new(test) else {
+                return;
+            };
+            let [from, to] = [&from, &to].map(|config| with(backend, config));
+            let name = format!("{backend}: {from_name} to {to_name}");
+            capture(pod.as_fd(), &from).unwrap();
+            let outcome = capture(pod.as_fd(), &to).unwrap();
+            assert_eq!(outcome == Outcome::Unchanged, from_name == to_name);
+            assert_eq!(verify(pod.as_fd(), &to).unwrap(), None, "{name}");
+            let rules = pod.rules().to_lowercase();
+            let raw = match backend {
+                Backend::Iptables => rules.contains("ct --zone 1"),
+                Backend::Nftables => rules.contains("table inet istio-ambient-raw"),
+            };
+            assert_eq!(raw, to.dns, "{name}");
+            let routed = pod.shell("ip -6 rule").contains("lookup 100");
+            assert_eq!(routed, to.ipv6 == Ipv6Mode::Capture, "{name}");
             remove(pod.as_fd()).unwrap();
-            assert_eq!(of_others(&pod), others, "{backend} {name}");
-            assert!(!pod.dump().contains("lookup 100"), "{backend} {name}");
-            remove(pod.as_fd()).unwrap();
+            assert!(!pod.rules().to_lowercase().contains("istio"), "{name}");
         }
     }
 }
 
 #[test]
+fn iptables_goes_from_each_variant_to_each_other() {
+    let test = "iptables_goes_from_each_variant_to_each_other";
+    each_variant_to_each_other(test, Backend::Iptables);
+}
+
+#[test]
 fn nftables_goes_from_each_variant_to_each_other() {
-    for (from_name, from) in variants() {
-        for (to_name, to) in variants() {
-            let Some(pod) = Namespace::new("nftables_goes_from_each_variant_to_each_other") else {
-                return;
-            };
-            let [from, to] = [&from, &to].map(|config| with(Backend::Nftables, config));
-            capture(pod.as_fd(), &from).unwrap();
-            let outcome = capture(pod.as_fd(), &to).unwrap();
-            assert_eq!(outcome == Outcome::Unchanged, from_name == to_name);
-            let found = verify(pod.as_fd(), &to).unwrap();
-            assert_eq!(found, None, "{from_name} {to_name}");
-            let raw = pod.shell("nft list tables").contains("istio-ambient-raw");
-            assert_eq!(raw, to.dns, "{from_name} {to_name}");
-            let routed = pod.shell("ip -6 rule").contains("lookup 100");
-            let captured = to.ipv6 == Ipv6Mode::Capture;
-            assert_eq!(routed, captured, "{from_name} {to_name}");
-        }
-    }
+    let test = "nftables_goes_from_each_variant_to_each_other";
+    each_variant_to_each_other(test, Backend::Nftables);
 }
 
 #[test]
@@ -96,20 +110,14 @@ fn a_pod_goes_from_each_backend_to_the_other_and_nothing_of_the_first_stays() {
             let [from, to] = [from, from.other()].map(|backend| with(backend, &config));
             capture(straight.as_fd(), &to).unwrap();
             capture(pod.as_fd(), &from).unwrap();
-            let careful = CaptureConfig {
-                reconcile: false,
-                ..to.clone()
-            };
             let before = pod.dump();
-            let refused = capture(pod.as_fd(), &careful).unwrap_err();
+            let refused = capture(pod.as_fd(), &careful(&to)).unwrap_err();
             assert!(matches!(refused, CaptureError::Foreign(_)), "{refused}");
             assert_eq!(pod.dump(), before, "{name}");
             let changed = capture(pod.as_fd(), &to).unwrap();
             assert_eq!(changed, Outcome::Repaired, "{name}");
             assert_eq!(verify(pod.as_fd(), &to).unwrap(), None, "{name}");
-            assert_eq!(pod.state(), straight.state(), "{name}");
-            let listing = "nft -s list ruleset inet";
-            assert_eq!(pod.shell(listing), straight.shell(listing), "{name}");
+            assert_eq!(pod.rules(), straight.rules(), "{name}");
         }
     }
 }
@@ -131,171 +139,62 @@ fn rules_of_both_backends_are_told_and_removed() {
     assert!(!left.to_lowercase().contains("istio"), "{left}");
 }
 
-/// Every command that deletes one of our rules.
-fn deletions(pod: &Namespace, backend: Backend) -> Vec<String> {
-    match backend {
-        Backend::Iptables => {
-            let mut commands = Vec::new();
-            for family in ["$4", "$6"] {
-                let text = pod.shell(&format!("{family}-save"));
-                let mut table = "";
-                for line in text.lines() {
-                    table = line.strip_prefix('*').unwrap_or(table);
-                    let ours = line.contains("ISTIO").then(|| line.strip_prefix("-A "));
-                    if let Some(rule) = ours.flatten() {
-                        commands.push(format!("{family} -t {table} -D {rule}"));
-                    }
-                }
-            }
-            commands
-        }
-        Backend::Nftables => {
-            let text = pod.shell("nft -a list ruleset inet");
-            let (mut table, mut chain) = ("", "");
-            let mut commands = Vec::new();
-            for line in text.lines() {
-                let mut words = line.split_whitespace();
-                match (words.next(), words.next(), words.next()) {
-                    (Some("table"), _, Some(name)) => table = name,
-                    (Some("chain"), Some(name), _) => chain = name,
-                    (Some("type"), ..) => {}
-                    _ => {
-                        let handle = line.split("# handle ").nth(1);
-                        let rule = |handle| {
-                            format!("nft delete rule inet {table} {chain} handle {handle}")
-                        };
-                        commands.extend(handle.map(rule));
-                    }
-                }
-            }
-            commands
-        }
-    }
-}
-
-/// How many rules are written for a pod.
-fn written(config: &CaptureConfig) -> usize {
-    let text = match config.backend {
-        Backend::Iptables => [Family::V4, Family::V6]
-            .map(|family| render::restore(family, config))
-            .concat(),
-        Backend::Nftables => nftables::render::script(config),
-    };
-    let is_rule = |line: &&str| line.starts_with("-A ") || line.starts_with("add rule ");
-    text.lines().filter(is_rule).count()
-}
-
 #[test]
-fn the_loss_of_any_single_rule_is_found_and_repaired() {
-    let test = "the_loss_of_any_single_rule_is_found_and_repaired";
-    for ipv6 in [Ipv6Mode::Capture, Ipv6Mode::Refuse] {
-        for backend in BACKENDS {
-            let Some(pod) = Namespace::new(test) else {
-                return;
-            };
-            let config = CaptureConfig {
-                ipv6,
-                backend,
-                ..CaptureConfig::default()
-            };
-            capture(pod.as_fd(), &config).unwrap();
-            let whole = (pod.state(), pod.shell("nft -s list ruleset inet"));
-            let count = deletions(&pod, backend).len();
-            assert_eq!(count, written(&config));
-            // Repair gives new handles, so each is looked up when its turn comes.
-            for index in 0..count {
-                let deletion = &deletions(&pod, backend)[index];
-                pod.shell(deletion);
-                let found = verify(pod.as_fd(), &config).unwrap();
-                assert!(found.is_some(), "{deletion}");
-                let repaired = capture(pod.as_fd(), &config).unwrap();
-                assert_eq!(repaired, Outcome::Repaired, "{deletion}");
-                let now = (pod.state(), pod.shell("nft -s list ruleset inet"));
-                assert_eq!(now, whole, "{deletion}");
-            }
-        }
-    }
-}
-
-#[test]
-fn other_damage_to_nftables_is_named_and_repaired_unless_it_is_to_be_left_alone() {
-    let test = "other_damage_to_nftables_is_named_and_repaired_unless_it_is_to_be_left_alone";
-    let nat = "inet istio-ambient-nat";
-    let damages = [
-        (
-            format!("delete table {nat}"),
-            "table istio-ambient-nat is missing",
-        ),
-        (
-            format!("flush chain {nat} istio-output"),
-            "table istio-ambient-nat: the chain's end instead of",
-        ),
-        (
-            format!("add chain {nat} more"),
-            "table istio-ambient-nat: chain more",
-        ),
-        (
-            format!("add rule {nat} istio-output accept"),
-            "table istio-ambient-nat: accept instead of the chain's end",
-        ),
-        (
-            format!("insert rule {nat} istio-output return"),
-            "table istio-ambient-nat: return instead of",
-        ),
-        (
-            format!("add set {nat} s {{ type ipv4_addr ; }}"),
-            "table istio-ambient-nat: set s {",
-        ),
-        (
-            format!("chain {nat} output {{ policy drop ; }}"),
-            "table istio-ambient-nat: type nat hook output priority -100; policy drop;",
-        ),
-        (
-            "add table inet istio-ambient-filter".to_string(),
-            "unexpected table istio-ambient-filter",
-        ),
-    ];
-    let config = with(Backend::Nftables, &CaptureConfig::default());
-    let careful = CaptureConfig {
-        reconcile: false,
-        ..config.clone()
-    };
-    for (damage, expected) in damages {
+fn a_pod_without_ipv6_is_captured_as_far_as_it_goes() {
+    let test = "a_pod_without_ipv6_is_captured_as_far_as_it_goes";
+    for backend in BACKENDS {
         let Some(pod) = Namespace::new(test) else {
             return;
         };
-        assert_eq!(capture(pod.as_fd(), &careful).unwrap(), Outcome::Applied);
-        let whole = pod.shell("nft -s list ruleset");
-        pod.shell(&format!("nft '{damage}'"));
-        let found = verify(pod.as_fd(), &config).unwrap().unwrap();
-        assert!(found.starts_with(expected), "{found}");
-        let damaged = pod.dump();
-        let refused = capture(pod.as_fd(), &careful).unwrap_err();
-        assert!(matches!(refused, CaptureError::Foreign(_)), "{refused}");
-        assert_eq!(pod.dump(), damaged, "{damage}");
+        pod.shell("echo 1 > /proc/sys/net/ipv6/conf/lo/disable_ipv6");
+        let config = with(backend, &CaptureConfig::default());
+        assert_eq!(capture(pod.as_fd(), &config).unwrap(), Outcome::Applied);
+        assert_eq!(capture(pod.as_fd(), &config).unwrap(), Outcome::Unchanged);
+        assert_eq!(verify(pod.as_fd(), &config).unwrap(), None);
+        // The route follows as soon as it can.
+        pod.shell("echo 0 > /proc/sys/net/ipv6/conf/lo/disable_ipv6");
+        let found = verify(pod.as_fd(), &config).unwrap();
+        let expected = "IPv6: the route for answers to the proxy is missing";
+        assert_eq!(found.as_deref(), Some(expected));
         assert_eq!(capture(pod.as_fd(), &config).unwrap(), Outcome::Repaired);
-        assert_eq!(pod.shell("nft -s list ruleset"), whole, "{damage}");
-        assert_eq!(capture(pod.as_fd(), &careful).unwrap(), Outcome::Unchanged);
-        pod.shell(&format!("nft '{damage}'"));
+        assert_eq!(pod.shell("ip -6 route show table 100").lines().count(), 1);
         remove(pod.as_fd()).unwrap();
-        assert_eq!(pod.shell("nft list ruleset"), "", "{damage}");
     }
 }
 
 #[test]
-fn a_capture_that_fails_leaves_no_nftables_behind() {
-    let test = "a_capture_that_fails_leaves_no_nftables_behind";
-    let Some(pod) = Namespace::new(test) else {
-        return;
-    };
-    pod.shell("ip link set lo down");
-    let config = with(Backend::Nftables, &CaptureConfig::default());
-    let before = pod.dump();
-    let error = capture(pod.as_fd(), &config).unwrap_err();
-    assert!(error.to_string().contains("is the pod's interface lo up?"));
-    assert_eq!(pod.dump(), before);
-    pod.shell("ip link set lo up");
-    assert_eq!(capture(pod.as_fd(), &config).unwrap(), Outcome::Applied);
+fn a_missing_rule_of_one_family_is_added_though_the_other_is_there() {
+    let test = "a_missing_rule_of_one_family_is_added_though_the_other_is_there";
+    for backend in BACKENDS {
+        let Some(pod) = Namespace::new(test) else {
+            return;
+        };
+        pod.shell("ip rule add fwmark 0x111/0xfff pref 32764 lookup 100");
+        capture(pod.as_fd(), &with(backend, &CaptureConfig::default())).unwrap();
+        for family in ["-4", "-6"] {
+            let rules = pod.shell(&format!("ip {family} rule show pref 32764"));
+            let expected = "32764:\tfrom all fwmark 0x111/0xfff lookup 100\n";
+            assert_eq!(rules, expected);
+            let routes = pod.shell(&format!("ip {family} route show table 100"));
+            assert!(routes.starts_with("local default dev lo"), "{routes}");
+        }
+    }
+}
+
+/// Captures every pod by so many threads of its own at once; the outcomes by pod.
+fn at_once(pods: &[Namespace], threads: usize, config: &CaptureConfig) -> Vec<Vec<Outcome>> {
+    let one = |pod: &Namespace| capture(pod.as_fd(), config).unwrap();
+    std::thread::scope(|scope| {
+        let begun: Vec<Vec<_>> = pods
+            .iter()
+            .map(|pod| (0..threads).map(|_| scope.spawn(|| one(pod))).collect())
+            .collect();
+        let joined = begun.into_iter().map(|threads| {
+            let outcomes = threads.into_iter().map(|thread| thread.join().unwrap());
+            outcomes.collect()
+        });
+        joined.collect()
+    })
 }
 
 #[test]
@@ -307,17 +206,30 @@ fn fifty_pods_at_once_are_each_captured_once() {
             return;
         };
         let config = with(backend, &CaptureConfig::default());
-        let outcomes: Vec<_> = std::thread::scope(|scope| {
-            let captures = pods
-                .iter()
-                .map(|pod| scope.spawn(|| capture(pod.as_fd(), &config)));
-            let captures: Vec<_> = captures.collect();
-            captures
-                .into_iter()
-                .map(|capture| capture.join().unwrap().unwrap())
-                .collect()
-        });
-        assert_eq!(outcomes, [Outcome::Applied; 50]);
+        let outcomes = at_once(&pods, 1, &config);
+        assert_eq!(outcomes.concat(), [Outcome::Applied; 50]);
+        let expected = pods[0].rules();
+        for pod in &pods {
+            assert_eq!(verify(pod.as_fd(), &config).unwrap(), None);
+            assert_eq!(pod.rules(), expected);
+        }
+    }
+}
+
+#[test]
+fn many_hands_on_one_pod_capture_it_once() {
+    let test = "many_hands_on_one_pod_capture_it_once";
+    for backend in BACKENDS {
+        let pods: Option<Vec<_>> = (0..4).map(|_| Namespace::new(test)).collect();
+        let Some(pods) = pods else {
+            return;
+        };
+        let config = with(backend, &CaptureConfig::default());
+        for outcomes in at_once(&pods, 4, &config) {
+            let applied = outcomes.iter().filter(|one| **one == Outcome::Applied);
+            assert_eq!(applied.count(), 1, "{outcomes:?}");
+            assert!(!outcomes.contains(&Outcome::Repaired), "{outcomes:?}");
+        }
         for pod in &pods {
             assert_eq!(verify(pod.as_fd(), &config).unwrap(), None);
         }
@@ -325,25 +237,15 @@ fn fifty_pods_at_once_are_each_captured_once() {
 }
 
 #[test]
-fn a_node_without_nft_is_told_what_to_do() {
-    const INNER: &str = "WARREN_TEST_WITHOUT_NFT";
-    let test = "pods::a_node_without_nft_is_told_what_to_do";
-    let Some(pod) = Namespace::new(test) else {
+fn a_namespace_descriptor_tells_which_namespace_it_is() {
+    let test = "a_namespace_descriptor_tells_which_namespace_it_is";
+    let (Some(one), Some(two)) = (Namespace::new(test), Namespace::new(test)) else {
         return;
     };
-    if std::env::var_os(INNER).is_none() {
-        assert_eq!(again(&[(INNER, "1")], &["--exact", test]), Ok(1));
-        return;
-    }
-    // SAFETY: this process runs this test alone.
-    unsafe { std::env::set_var("PATH", "/nonexistent") };
-    let config = with(Backend::Nftables, &CaptureConfig::default());
-    let error = capture(pod.as_fd(), &config).unwrap_err().to_string();
-    assert!(
-        error.starts_with("nft cannot be run: No such file"),
-        "{error}"
-    );
-    assert!(error.contains("apt-get install nftables"), "{error}");
-    // Nothing is there to be removed, so no program is needed for it.
-    remove(pod.as_fd()).unwrap();
+    let id = |file: &dyn AsFd| netns::id(file.as_fd()).unwrap();
+    assert_ne!(id(&one), id(&two));
+    let again = one.within(|| File::open("/proc/thread-self/ns/net"));
+    assert_eq!(id(&again.unwrap()), id(&one));
+    let by_path = netns::open(one.path().as_ref()).unwrap();
+    assert_eq!(id(&by_path), id(&one));
 }

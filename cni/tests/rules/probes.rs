@@ -1,28 +1,22 @@
 //! Probes from a node to a captured pod, and what the node only forwards.
 
-use std::os::fd::AsFd;
-
+use cni::CaptureConfig;
 use cni::rules::PLAINTEXT_PORT;
-use cni::{CaptureConfig, capture};
 
-use super::host::{BACKENDS, Proc, config, open};
+use super::host::{Proc, config, open};
 use super::namespace::Namespace;
 use super::net::{Net, PEER, POD, Seen, accept, both, connect, listen, probe};
+use super::variants::{BACKENDS, with};
 
 #[test]
 fn probes_come_from_the_probe_address_and_forwarded_traffic_is_captured() {
     let test = "probes_come_from_the_probe_address_and_forwarded_traffic_is_captured";
     for backend in BACKENDS {
         let proc = Proc::new("1\n");
-        let uncaptured = CaptureConfig::default();
-        let (Some(net), Some(client)) = (Net::new(test, &uncaptured), Namespace::new(test)) else {
+        let pod_config = with(backend, &CaptureConfig::default());
+        let (Some(net), Some(client)) = (Net::new(test, &pod_config), Namespace::new(test)) else {
             return;
         };
-        let pod_config = CaptureConfig {
-            backend,
-            ..CaptureConfig::default()
-        };
-        capture(net.pod.as_fd(), &pod_config).unwrap();
         let node = &net.peer;
         // The node has no address of the probes; answers find back by what it remembers.
         node.shell(&format!(

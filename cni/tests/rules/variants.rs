@@ -1,6 +1,24 @@
 //! Everything that a pod's rules depend on.
 
-use cni::{CaptureConfig, Ipv6Mode};
+use cni::{Backend, CaptureConfig, Ipv6Mode};
+
+pub const BACKENDS: [Backend; 2] = [Backend::Iptables, Backend::Nftables];
+
+/// A variant in the backend's hands.
+pub fn with(backend: Backend, config: &CaptureConfig) -> CaptureConfig {
+    CaptureConfig {
+        backend,
+        ..config.clone()
+    }
+}
+
+/// The same, but what is there of others is not to be replaced.
+pub fn careful(config: &CaptureConfig) -> CaptureConfig {
+    CaptureConfig {
+        reconcile: false,
+        ..config.clone()
+    }
+}
 
 /// Every variant with its name.
 pub fn variants() -> Vec<(&'static str, CaptureConfig)> {
