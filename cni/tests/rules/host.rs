@@ -10,11 +10,16 @@ use cni::{Backend, CaptureConfig, Outcome};
 use super::namespace::Namespace;
 use super::variants::BACKENDS;
 
-/// A folder that looks like the `/proc` of a node whose kubelet is root, and goes with this.
+/// A folder that looks like the `/proc` of a node with a kubelet, and goes with this.
 pub struct Proc(PathBuf);
 
 impl Proc {
+    /// Of a node whose kubelet is root.
     pub fn new(early_demux: &str) -> Self {
+        Self::with_kubelet_of(0, early_demux)
+    }
+
+    pub fn with_kubelet_of(uid: u32, early_demux: &str) -> Self {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!(
@@ -30,7 +35,8 @@ impl Proc {
         };
         write("42/comm", "kubelet\n");
         write("42/cmdline", "/usr/bin/kubelet\0--v=2\0");
-        write("42/status", "Name:\tkubelet\nUid:\t0\t0\t0\t0\n");
+        let uids = format!("Name:\tkubelet\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\n");
+        write("42/status", &uids);
         write("sys/net/ipv4/tcp_early_demux", early_demux);
         Self(folder)
     }

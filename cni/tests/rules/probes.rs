@@ -1,7 +1,7 @@
 //! Probes from a node to a captured pod, and what the node only forwards.
 
-use cni::CaptureConfig;
 use cni::rules::PLAINTEXT_PORT;
+use cni::{Backend, CaptureConfig};
 
 use super::host::{Proc, config, open};
 use super::namespace::Namespace;
@@ -50,6 +50,31 @@ fn probes_come_from_the_probe_address_and_forwarded_traffic_is_captured() {
             let late = connect(node, wanted).unwrap();
             let from = PEER[family];
             assert_eq!(accept(&proxy, late), Seen { from, wanted });
+        }
+    }
+}
+
+#[test]
+fn nftables_takes_only_the_kubelets_user_for_a_prober_and_iptables_any_socket_of_the_node() {
+    let test =
+        "nftables_takes_only_the_kubelets_user_for_a_prober_and_iptables_any_socket_of_the_node";
+    for backend in BACKENDS {
+        let Some(net) = Net::new(test, &with(backend, &CaptureConfig::default())) else {
+            return;
+        };
+        let (application, proxy) = (listen(&net.pod, 8080), listen(&net.pod, PLAINTEXT_PORT));
+        // This process, which dials, is not that user.
+        let proc = Proc::with_kubelet_of(1001, "1\n");
+        let host = open(&net.peer, &config(backend, &proc)).unwrap();
+        for family in both() {
+            host.add(POD[family], "a").unwrap();
+            let (from, listener) = match backend {
+                Backend::Iptables => (probe(family), &application),
+                Backend::Nftables => (PEER[family], &proxy),
+            };
+            let wanted = (POD[family], 8080);
+            let client = connect(&net.peer, wanted).unwrap();
+            assert_eq!(accept(listener, client), Seen { from, wanted });
         }
     }
 }
