@@ -1,6 +1,7 @@
 //! The rules of both backends: as they are written, as the kernel holds them, in pods and on the node.
 
 mod backend;
+mod by_hand;
 mod damage;
 mod golden;
 mod host;

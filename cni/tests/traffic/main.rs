@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use cni::rules::{DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, PROXY_MARK, SPOOFED_MARK};
 use cni::{CaptureConfig, remove};
 
-use namespace::again;
+use namespace::{Namespace, again};
 use net::{
     BACKEND, Net, PATIENCE, PEER, POD, Seen, accept, both, bound, connect, connect_from, listen,
     probe,
@@ -208,6 +208,48 @@ fn a_virtual_interface_is_captured_also_where_arrivals_are_not() {
         let (from, wanted) = (PEER[family], (POD[family], 8080));
         let client = connect(&net.peer, wanted).unwrap();
         assert_eq!(accept(&proxy, client), Seen { from, wanted });
+    }
+}
+
+#[test]
+fn what_a_pod_forwards_for_others_is_an_arrival() {
+    let test = "what_a_pod_forwards_for_others_is_an_arrival";
+    for bypass_inbound in [false, true] {
+        let config = CaptureConfig {
+            bypass_inbound,
+            ..CaptureConfig::default()
+        };
+        let (Some(net), Some(behind)) = (Net::new(test, &config), Namespace::new(test)) else {
+            return;
+        };
+        net.pod.shell(&format!(
+            "ip link add wrn2 type veth peer name wrn3; ip link set wrn3 netns {}; ip link set wrn2 up; \
+             ip addr add 198.51.100.1/24 dev wrn2; ip -6 addr add 2001:db8:2::1/64 dev wrn2 nodad; \
+             echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
+            behind.path()
+        ));
+        behind.shell(
+            "ip link set wrn3 up; ip addr add 198.51.100.7/24 dev wrn3; \
+             ip -6 addr add 2001:db8:2::7/64 dev wrn3 nodad; \
+             ip route add default via 198.51.100.1; ip -6 route add default via 2001:db8:2::1",
+        );
+        net.peer.shell(
+            "ip route add 198.51.100.0/24 via 192.0.2.1; ip -6 route add 2001:db8:2::/64 via 2001:db8::1",
+        );
+        let (proxy, outside) = (listen(&net.pod, PLAINTEXT_PORT), listen(&net.peer, 80));
+        let inside = listen(&behind, 80);
+        for (family, target) in ["198.51.100.7", "2001:db8:2::7"].into_iter().enumerate() {
+            let target: IpAddr = target.parse().unwrap();
+            for (from, dials, wanted, listener) in [
+                (PEER[family], &net.peer, target, &inside),
+                (target, &behind, PEER[family], &outside),
+            ] {
+                let wanted = (wanted, 80);
+                let client = connect(dials, wanted).unwrap();
+                let listener = if bypass_inbound { listener } else { &proxy };
+                assert_eq!(accept(listener, client), Seen { from, wanted });
+            }
+        }
     }
 }
 

@@ -31,24 +31,29 @@ fn echo(namespace: &Namespace, target: IpAddr) -> io::Result<()> {
 
 #[test]
 fn udp_and_icmp_pass_in_both_directions() {
-    let Some(net) = Net::new(
-        "udp_and_icmp_pass_in_both_directions",
-        &CaptureConfig::default(),
-    ) else {
-        return;
+    let plain = CaptureConfig::default();
+    let virtual_interfaces = vec!["wrn0".to_string()];
+    let virtual_interface = CaptureConfig {
+        virtual_interfaces,
+        ..plain.clone()
     };
-    for family in both() {
-        let outside = answerer(&net.peer, PEER[family], 443);
-        let answer = query(&net.pod, (PEER[family], 443), 0, &outside);
-        assert_eq!(answer.unwrap(), "answer");
-        // What arrives may even be DNS.
-        for port in [443, 53] {
-            let inside = answerer(&net.pod, POD[family], port);
-            let answer = query(&net.peer, (POD[family], port), 0, &inside);
+    for config in [plain, virtual_interface] {
+        let Some(net) = Net::new("udp_and_icmp_pass_in_both_directions", &config) else {
+            return;
+        };
+        for family in both() {
+            let outside = answerer(&net.peer, PEER[family], 443);
+            let answer = query(&net.pod, (PEER[family], 443), 0, &outside);
             assert_eq!(answer.unwrap(), "answer");
+            // What arrives may even be DNS.
+            for port in [443, 53] {
+                let inside = answerer(&net.pod, POD[family], port);
+                let answer = query(&net.peer, (POD[family], port), 0, &inside);
+                assert_eq!(answer.unwrap(), "answer");
+            }
+            echo(&net.pod, PEER[family]).unwrap();
+            echo(&net.peer, POD[family]).unwrap();
         }
-        echo(&net.pod, PEER[family]).unwrap();
-        echo(&net.peer, POD[family]).unwrap();
     }
 }
 
