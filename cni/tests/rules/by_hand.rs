@@ -29,7 +29,9 @@ fn a_pods_rules_are_removed_by_the_documented_commands() {
     let test = "a_pods_rules_are_removed_by_the_documented_commands";
     let script = documented("In the pod's namespace");
     for backend in BACKENDS {
-        for (name, variant) in variants() {
+        // Between them they have every chain.
+        let has_all = |name: &str| matches!(name, "default" | "ipv6-refused");
+        for (name, variant) in variants().into_iter().filter(|(name, _)| has_all(name)) {
             let Some(pod) = Namespace::new(test) else {
                 return;
             };

@@ -1,5 +1,6 @@
 //! The rules of pods in real namespaces: put in once, left alone, exchanged, taken out.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsFd;
 
@@ -61,30 +62,43 @@ fn every_variant_is_put_in_once_and_goes_whole_beside_the_rules_of_others() {
     }
 }
 
+/// A way on which each of so many places follows each, itself too.
+fn way(places: usize) -> Vec<usize> {
+    let from = |first| {
+        let there_and_back = (first + 1..places).flat_map(move |next| [next, first]);
+        [first, first].into_iter().chain(there_and_back)
+    };
+    (0..places).flat_map(from).collect()
+}
+
 fn each_variant_to_each_other(test: &str, backend: Backend) {
-    for (from_name, from) in variants() {
-        for (to_name, to) in variants() {
-            let Some(pod) = Namespace::new(test) else {
-                return;
-            };
-            let [from, to] = [&from, &to].map(|config| with(backend, config));
-            let name = format!("{backend}: {from_name} to {to_name}");
-            capture(pod.as_fd(), &from).unwrap();
-            let outcome = capture(pod.as_fd(), &to).unwrap();
-            assert_eq!(outcome == Outcome::Unchanged, from_name == to_name);
-            assert_eq!(verify(pod.as_fd(), &to).unwrap(), None, "{name}");
-            let rules = pod.rules().to_lowercase();
-            let raw = match backend {
-                Backend::Iptables => rules.contains("ct --zone 1"),
-                Backend::Nftables => rules.contains("table inet istio-ambient-raw"),
-            };
-            assert_eq!(raw, to.dns, "{name}");
-            let routed = pod.shell("ip -6 rule").contains("lookup 100");
-            assert_eq!(routed, to.ipv6 == Ipv6Mode::Capture, "{name}");
-            remove(pod.as_fd()).unwrap();
-            assert!(!pod.rules().to_lowercase().contains("istio"), "{name}");
-        }
+    let variants = variants();
+    let mut straight = Vec::new();
+    for (_, config) in &variants {
+        let Some(pod) = Namespace::new(test) else {
+            return;
+        };
+        capture(pod.as_fd(), &with(backend, config)).unwrap();
+        straight.push(pod.rules());
     }
+    let pod = Namespace::new(test).unwrap();
+    let (way, mut steps) = (way(variants.len()), BTreeSet::new());
+    capture(pod.as_fd(), &with(backend, &variants[way[0]].1)).unwrap();
+    for step in way.windows(2) {
+        let [from, to] = [step[0], step[1]];
+        steps.insert((from, to));
+        let name = format!("{backend}: {} to {}", variants[from].0, variants[to].0);
+        let config = with(backend, &variants[to].1);
+        let outcome = capture(pod.as_fd(), &config).unwrap();
+        let expected = match from == to {
+            true => Outcome::Unchanged,
+            false => Outcome::Repaired,
+        };
+        assert_eq!(outcome, expected, "{name}");
+        assert_eq!(verify(pod.as_fd(), &config).unwrap(), None, "{name}");
+        assert_eq!(pod.rules(), straight[to], "{name}");
+    }
+    assert_eq!(steps.len(), variants.len() * variants.len());
 }
 
 #[test]
