@@ -199,6 +199,8 @@ fn a_pods_namespace_is_that_of_its_oldest_process_which_has_its_address() {
     // The second pod: a foreign process in the first pod's namespace does not make it the second's.
     processes[0].show(&proc, 20, 100, &group(2, "cc"));
     processes[1].show(&proc, 32, 700, &group(2, "dd"));
+    // Nor is any a pod's whose addresses are not known.
+    processes[1].show(&proc, 33, 50, &group(4, "ff"));
     // Nor is the node's ever a pod's.
     processes[2].show(&proc, 10, 1, &group(3, "ee"));
     let foreign = [netns::id(host.as_fd()).unwrap()].into();

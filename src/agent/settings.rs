@@ -465,6 +465,12 @@ mod tests {
         };
         assert!(!with("ambient.istio.io/dns-capture", "False").dns);
         assert!(with("ambient.istio.io/dns-capture", "nonsense").dns);
+        let off = CaptureConfig {
+            dns: false,
+            ..CaptureConfig::default()
+        };
+        let asks = [("ambient.istio.io/dns-capture".into(), "true".into())];
+        assert!(with_wishes(&off, &asks.into_iter().collect(), "p").dns);
         assert!(with("ambient.istio.io/bypass-inbound-capture", "1").bypass_inbound);
         let interfaces = with("istio.io/reroute-virtual-interfaces", "a, ,b").virtual_interfaces;
         assert_eq!(interfaces, ["a", "b"]);

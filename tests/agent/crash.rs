@@ -230,6 +230,44 @@ fn a_new_agent_takes_over_what_the_old_one_captured() {
 }
 
 #[test]
+fn no_address_is_let_go_of_while_those_of_a_captured_pod_are_not_known() {
+    let Some(mut node) = Node::new("unknown") else {
+        return;
+    };
+    let proxy = node.proxy_in_service();
+    node.namespace("default", Some("ambient"));
+    let [gone, vague] = ["gone", "vague"].map(|name| {
+        let pod = node.running(name);
+        node.wait_status(&pod, Some("enabled"));
+        pod
+    });
+    node.kill();
+    node.api.delete("pods", "default", "gone");
+    let mut object = node.api.object("pods", "default", "vague").unwrap();
+    object["status"] = serde_json::json!({"phase": "Running"});
+    node.api.put(object);
+    let restart = |node: &mut Node| {
+        proxy.take();
+        node.start();
+        proxy.wait("the snapshot", |told| *told == Told::Snapshot);
+    };
+    restart(&mut node);
+    let probes = node.probes();
+    assert!(probes.contains(&gone.uid), "{probes}");
+    assert!(probes.contains(&vague.uid), "{probes}");
+    node.kill();
+    node.api.put({
+        let mut object = node.api.object("pods", "default", "vague").unwrap();
+        object["status"] = node.object(&vague, true)["status"].clone();
+        object
+    });
+    restart(&mut node);
+    let probes = node.probes();
+    assert!(!probes.contains(&gone.uid), "{probes}");
+    assert!(probes.contains(&vague.uid), "{probes}");
+}
+
+#[test]
 fn probes_are_let_through_while_there_is_no_agent() {
     let Some(mut node) = Node::new("probes") else {
         return;

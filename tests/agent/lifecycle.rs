@@ -156,6 +156,7 @@ fn a_removal_that_fails_is_tried_again_to_its_end() {
     *proxy.manner.lock().unwrap() = Manner::Silent;
     node.label(&pod, "none");
     proxy.wait_deleted(&pod);
+    assert!(!node.probes().contains(&pod.uid), "{}", node.probes());
     assert_eq!(node.status(&pod).as_deref(), Some("enabled"));
     *proxy.manner.lock().unwrap() = Manner::Serves;
     assert_clean(&node, &pod);

@@ -44,6 +44,32 @@ fn a_pod_is_captured_served_and_told_before_it_starts() {
     assert!(metrics.contains("ztunnel_connected 1"), "{metrics}");
 }
 
+#[test]
+fn a_pod_whose_sandbox_is_made_anew_is_captured_in_the_new_one() {
+    let Some(node) = Node::new("anew") else {
+        return;
+    };
+    let proxy = node.proxy_in_service();
+    node.namespace("default", Some("ambient"));
+    let (pod, sandbox) = (node.network("pod-a"), node.network("again"));
+    node.api.put(node.object(&pod, false));
+    eventually("the addition", || (node.add(&pod).0 == 200).then_some(()));
+    let mut request = node.request(&sandbox);
+    request["PodName"] = "pod-a".into();
+    proxy.take();
+    assert_eq!(node.event("/cmdadd", &request), (200, String::new()));
+    assert!(sandbox.is_captured());
+    let of_the_new = cni::netns::id(&sandbox.netns.0).unwrap();
+    let told = proxy.take();
+    assert!(
+        matches!(&told[..], [Told::Add { uid, netns, .. }] if (uid, *netns) == (&pod.uid, of_the_new)),
+        "{told:?}"
+    );
+    let probes = node.probes();
+    assert!(probes.contains(&sandbox.ip.to_string()), "{probes}");
+    assert!(!probes.contains(&pod.ip.to_string()), "{probes}");
+}
+
 fn with_status(node: &Node, pod: &crate::harness::Pod) -> serde_json::Value {
     let mut object = node.api.object("pods", "default", &pod.name).unwrap();
     object["status"] = node.object(pod, true)["status"].clone();

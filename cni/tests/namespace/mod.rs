@@ -73,6 +73,12 @@ impl Namespace {
         told.collect::<Vec<_>>().join("\n")
     }
 
+    /// Every rule of either backend and every route, as if each had been written just now.
+    #[allow(dead_code, reason = "not every test looks at rules")]
+    pub fn rules(&self) -> String {
+        self.state().join("\n") + &self.shell("nft -s list ruleset inet")
+    }
+
     /// Every rule and route, sorted; tables without rules stay behind once they were used and do not count.
     #[allow(dead_code, reason = "not every test looks at rules")]
     pub fn state(&self) -> Vec<String> {

@@ -1,7 +1,7 @@
 //! A captured pod joined to a peer, and traffic between the two.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -23,10 +23,6 @@ pub const POD: [IpAddr; 2] = [
 pub const PEER: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2)),
-];
-pub const LOOPBACK: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::LOCALHOST),
-    IpAddr::V6(Ipv6Addr::LOCALHOST),
 ];
 pub const PROBE: [&str; 2] = ["169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"];
 
@@ -165,38 +161,4 @@ pub fn both() -> [usize; 2] {
 
 pub fn probe(family: usize) -> IpAddr {
     PROBE[family].parse().unwrap()
-}
-
-/// Sends a query and gives what comes back; `answers` answers it, wherever that is.
-pub fn query(
-    net: &Net,
-    target: (IpAddr, u16),
-    mark: u32,
-    answers: &UdpSocket,
-) -> io::Result<String> {
-    let asker = net.pod.within(|| {
-        let unspecified = match target.0 {
-            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let asker = UdpSocket::bind((unspecified, 0))?;
-        socket2::SockRef::from(&asker).set_mark(mark)?;
-        asker.set_read_timeout(Some(PATIENCE))?;
-        // Only answers from where it asked are taken.
-        asker.connect(target)?;
-        asker.send(b"query")?;
-        Ok(asker)
-    })?;
-    answers.set_read_timeout(Some(Duration::from_millis(500)))?;
-    let mut buffer = [0; 16];
-    let (length, from) = answers.recv_from(&mut buffer)?;
-    assert_eq!(&buffer[..length], b"query");
-    answers.send_to(b"answer", from)?;
-    let length = asker.recv(&mut buffer)?;
-    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
-}
-
-pub fn answerer(namespace: &Namespace, address: IpAddr, port: u16) -> UdpSocket {
-    let socket = namespace.within(|| UdpSocket::bind((address, port)));
-    socket.unwrap()
 }
