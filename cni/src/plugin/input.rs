@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::outcome::{Failure, code};
 use super::version::Version;
@@ -153,7 +153,10 @@ impl Config {
     /// # Errors
     /// What is wrong with it, and where.
     pub fn read(text: &[u8]) -> Result<Self, Failure> {
-        serde_json::from_slice(text).map_err(|error| {
+        // Of a list serde would make a configuration without values.
+        let read = serde_json::from_slice::<Map<String, Value>>(text)
+            .and_then(|object| serde_json::from_value(object.into()));
+        read.map_err(|error| {
             let text = "the configuration on standard input cannot be understood";
             let code = if error.is_data() {
                 code::CONFIGURATION
