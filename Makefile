@@ -10,11 +10,11 @@ ENVOY := $(ENVOY_DIR)/envoy/_bin/envoy
 PYTHON_PEER := $(abspath $(or $(CARGO_TARGET_DIR),target))/python-peer
 PYTHON_PACKAGES := h2==4.3.0 hpack==4.1.0 hyperframe==6.1.0
 
-.PHONY: help demo test lint bench soak packages envoy python
+.PHONY: help demo test test-cluster lint bench soak packages envoy python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 21
 
 envoy: ## fetch Envoy, the foreign peer of the tests
 	@test -x $(ENVOY) || { echo "fetching Envoy $(ENVOY_VERSION)"; mkdir -p $(ENVOY_DIR) && \
@@ -43,6 +43,14 @@ demo: packages ## two nodes, the sample application, a policy, on this machine
 test: APT_PACKAGES += python3 python3-pip containerd runc containernetworking-plugins busybox-static nftables ipset
 test: packages envoy python ## every test
 	WARREN_ENVOY=$$(ls $(ENVOY) 2>/dev/null) WARREN_PYTHON_PEER=$$(dirname $$(ls -d $(PYTHON_PEER)/h2 2>/dev/null) 2>/dev/null) $(CARGO) test --workspace --no-fail-fast
+
+CLUSTER := $(abspath $(or $(CARGO_TARGET_DIR),target))/cluster
+
+test-cluster: APT_PACKAGES += nftables ipset
+test-cluster: packages ## the node agent on the API server and etcd of Kubernetes themselves (builds them: slow)
+	@command -v go >/dev/null || { echo "go is missing: install Go 1.26 or newer (https://go.dev/dl)" >&2; exit 1; }
+	cd tests/cluster && go build -o $(CLUSTER) .
+	WARREN_CLUSTER=$(CLUSTER) $(CARGO) test --test cluster -- --ignored
 
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use cni::netns::{id, within};
 use cni::zds::{Connection, Payload, messages};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use warren::lab::api::{ApiServer, Options};
 
@@ -357,7 +359,7 @@ impl Node {
         // SAFETY: between fork and exec there are only two system calls.
         unsafe {
             command.pre_exec(move || {
-                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
                 setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
                 Ok(())
             });
@@ -372,11 +374,16 @@ impl Node {
         agent.wait().unwrap();
     }
 
+    /// Sends the agent a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.agent.as_ref().unwrap().id();
+        kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+    }
+
     /// Asks the agent to end and waits for it.
     pub fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
         let mut agent = self.agent.take().unwrap();
-        let pid = nix::unistd::Pid::from_raw(agent.id().try_into().unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
         let status = eventually("the agent's end", || agent.try_wait().unwrap());
         assert!(status.success(), "{status}: {}", self.log());
     }
