@@ -217,6 +217,29 @@ fn opening_again_keeps_what_is_held_and_changes_nothing() {
 }
 
 #[test]
+fn the_nodes_rules_go_whole_and_come_back_beside_those_of_others() {
+    let test = "the_nodes_rules_go_whole_and_come_back_beside_those_of_others";
+    for backend in BACKENDS {
+        let proc = Proc::new("1\n");
+        let Some(node) = Namespace::new(test) else {
+            return;
+        };
+        node.shell("$4 -t nat -A POSTROUTING -p sctp -j ACCEPT; ipset create other hash:ip");
+        let everything = || node.rules() + &node.shell("ipset save");
+        let before = everything();
+        let config = config(backend, &proc);
+        let host = open(&node, &config).unwrap();
+        let whole = everything();
+        assert_ne!(whole, before);
+        host.remove_all().unwrap();
+        assert_eq!(everything(), before, "{backend}");
+        assert_eq!(host.ensure().unwrap(), Outcome::Applied, "{backend}");
+        assert_eq!(everything(), whole, "{backend}");
+        assert_eq!(host.ensure().unwrap(), Outcome::Unchanged, "{backend}");
+    }
+}
+
+#[test]
 fn damage_to_the_node_is_named_and_repaired_and_what_is_held_stays() {
     let test = "damage_to_the_node_is_named_and_repaired_and_what_is_held_stays";
     let nft = "nft flush chain inet istio-ambient-nat postrouting";
