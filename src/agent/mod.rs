@@ -235,7 +235,9 @@ async fn follow<K>(
                 take(event);
             }
             Err(error) => {
-                if !std::mem::replace(&mut failing, true) {
+                if std::mem::replace(&mut failing, true) {
+                    tracing::debug!("{what} cannot be watched still: {error}");
+                } else {
                     tracing::warn!("{what} cannot be watched, will be tried again: {error}");
                 }
             }

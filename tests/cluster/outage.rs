@@ -87,6 +87,6 @@ fn history_that_etcd_has_forgotten_is_listed_anew() {
     pods.change_unseen(&mut member, &flags, ApiServer::compact);
     pods.assert_changes_are_seen(&member);
     let log = member.node.log();
-    let gone = |line: &&str| line.contains("Expired") && line.contains("410");
+    let gone = |line: &&str| line.contains("cannot be watched") && line.contains("Expired");
     assert!(log.lines().any(|line| gone(&line)), "no 410 in the log");
 }
