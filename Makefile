@@ -6,15 +6,16 @@ APT_PACKAGES := $(PACKAGES) gcc g++ make cmake
 ENVOY_VERSION := 1.40.0
 ENVOY_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))/envoy-$(ENVOY_VERSION)
 ENVOY := $(ENVOY_DIR)/envoy/_bin/envoy
+CLUSTER := $(abspath $(or $(CARGO_TARGET_DIR),target))/cluster
 
 PYTHON_PEER := $(abspath $(or $(CARGO_TARGET_DIR),target))/python-peer
 PYTHON_PACKAGES := h2==4.3.0 hpack==4.1.0 hyperframe==6.1.0
 
-.PHONY: help demo test lint bench soak packages envoy python
+.PHONY: help demo test test-cluster lint bench soak packages envoy python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 envoy: ## fetch Envoy, the foreign peer of the tests
 	@test -x $(ENVOY) || { echo "fetching Envoy $(ENVOY_VERSION)"; mkdir -p $(ENVOY_DIR) && \
@@ -43,6 +44,11 @@ demo: packages ## two nodes, the sample application, a policy, on this machine
 test: APT_PACKAGES += python3 python3-pip containerd runc containernetworking-plugins busybox-static nftables ipset
 test: packages envoy python ## every test
 	WARREN_ENVOY=$$(ls $(ENVOY) 2>/dev/null) WARREN_PYTHON_PEER=$$(dirname $$(ls -d $(PYTHON_PEER)/h2 2>/dev/null) 2>/dev/null) $(CARGO) test --workspace --no-fail-fast
+
+test-cluster: APT_PACKAGES += nftables ipset $(if $(shell command -v go),,golang ca-certificates)
+test-cluster: packages ## the node agent on the API server of Kubernetes itself; its first build takes minutes
+	cd tests/cluster && go build -o $(CLUSTER) .
+	WARREN_CLUSTER=$(CLUSTER) $(CARGO) test --test cluster -- --ignored --test-threads 2
 
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check
