@@ -50,7 +50,7 @@ test-cluster: APT_PACKAGES += nftables ipset
 test-cluster: packages ## the node agent on the API server and etcd of Kubernetes themselves (builds them: slow)
 	@command -v go >/dev/null || { echo "go is missing: install Go 1.26 or newer (https://go.dev/dl)" >&2; exit 1; }
 	cd tests/cluster && go build -o $(CLUSTER) .
-	WARREN_CLUSTER=$(CLUSTER) $(CARGO) test --test cluster -- --ignored
+	WARREN_CLUSTER=$(CLUSTER) $(CARGO) test --test cluster -- --ignored --test-threads 2
 
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check

@@ -66,6 +66,8 @@ impl Member {
             ("KUBERNETES_SERVICE_PROTOCOL", "https".to_string()),
             ("KUBERNETES_SERVICE_HOST", ADDRESS.to_string()),
             ("KUBERNETES_SERVICE_PORT", PORT.to_string()),
+            // The watches tell of every answer that ended them.
+            ("RUST_LOG", "info,kube_runtime=debug".to_string()),
         ] {
             node.env.push((name.to_string(), value));
         }
